@@ -1,0 +1,163 @@
+"""KAdaptation: ΔW = s · Σ_t A_t ⊗ (u_t v_tᵀ) on row segments of frozen linears, A shared by all blocks.
+
+One rule (a, b) for all q segments and one for all v segments, each a single Parameter used by every block; u and v per
+block and segment; one bias of the segments' width per block, added to q and v. On ViT-B (d = 768, T = S = 32, r = 1):
+2 rules · 2·32·32 + 12 blocks · (2 segments · 2·32·24 + 768) = 50,176 trained parameters.
+
+u starts at zero and the rest at random, so the adapted model starts equal to the backbone and every tensor receives a
+gradient from the second step on: at zero u only u (and the bias) can move. Starting with both u and v at zero, as the
+paper's released code does, leaves every gradient of ΔW at zero for ever.
+
+k never gets a bias: adding one vector to all keys shifts each query's scores by a constant, which softmax ignores.
+
+Source: He et al., "Parameter-efficient Model Adaptation for Vision Transformers", AAAI 2023.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from kadapt_kernels import KronFactors, divisors, kron_delta, kron_linear
+from torch import Tensor, nn
+
+from kadapt_cli.config import TrainConfig
+from kadapt_cli.errors import UsageError
+from kadapt_cli.models import Segment, replace_linear
+
+MAX_TERMS = 32
+BIASED = ("q", "v")
+RULE_STD = 1.0
+V_STD = 1.0
+
+
+class KronLinear(nn.Module):
+    """A frozen linear layer with Kronecker updates on some of its row segments; x (..., K) gives (..., N)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.scale = scale
+        self.rows: list[tuple[int, int]] = []
+        self.factors: list[KronFactors] = []
+        self.deltas: list[Tensor | None] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        bias = self._bias()
+        with torch.autocast(x.device.type, enabled=False):
+            return kron_linear(
+                x.to(dtype),
+                self.weight.to(dtype),
+                None if bias is None else bias.to(dtype),
+                self.factors,
+                segments=self.rows,
+                scale=self.scale,
+            )
+
+    def _bias(self) -> Tensor | None:
+        """The frozen bias with each segment's bias update added, (N,)."""
+        if self.bias is None or all(delta is None for delta in self.deltas):
+            return self.bias
+        pieces, end = [], 0
+        for (start, stop), delta in zip(self.rows, self.deltas, strict=True):
+            pieces += [self.bias[end:start], self.bias[start:stop] if delta is None else self.bias[start:stop] + delta]
+            end = stop
+        return torch.cat([*pieces, self.bias[end:]])
+
+
+def tensor_names(segment: Segment, rule: str) -> dict[str, str]:
+    """The adapter-file names of one segment's tensors, by role: a, b (factored only), u, v and, where it has one, bias."""
+    here = f"blocks.{segment.block}.{segment.name}"
+    names = {"a": f"rule.{segment.name}.a", "u": f"{here}.u", "v": f"{here}.v"}
+    if rule == "factored":
+        names["b"] = f"rule.{segment.name}.b"
+    if segment.name in BIASED and segment.bias is not None:
+        names["bias"] = f"blocks.{segment.block}.bias{segment.stop - segment.start}"
+    return names
+
+
+def resolve_terms(segments: Sequence[Segment], terms: int | None) -> int:
+    """T = S: what was asked for, or the largest common divisor of the widths up to 32.
+
+    Raises:
+        UsageError: T does not divide every width; lists those that do.
+    """
+    fitting = divisors(*{width for s in segments for width in (s.stop - s.start, s.in_features)})
+    if terms is None:
+        return max(t for t in fitting if t <= MAX_TERMS)
+    if terms not in fitting:
+        width = segments[0].stop - segments[0].start
+        raise UsageError(f"--terms: T must divide the width {width}, but {terms} was given; choose from {fitting}")
+    return terms
+
+
+def shapes(segments: Sequence[Segment], config: TrainConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every adapter tensor by its name: what `inject` makes and an adapter file must hold."""
+    t = resolve_terms(segments, config.terms)
+    result: dict[str, tuple[int, ...]] = {}
+    for segment in segments:
+        rows = segment.stop - segment.start
+        by_role = {
+            "a": (t, t) if config.rule == "factored" else (t, t, t),
+            "b": (t, t),
+            "u": (t, rows // t, config.rank),
+            "v": (t, segment.in_features // t, config.rank),
+            "bias": (rows,),
+        }
+        result |= {name: by_role[role] for role, name in tensor_names(segment, config.rule).items()}
+    return result
+
+
+def initial(segments: Sequence[Segment], config: TrainConfig) -> dict[str, Tensor]:
+    """Fresh adapter tensors (fp32): u and the biases zero, the rest normal, seeded by the config."""
+    generator = torch.Generator().manual_seed(config.seed)
+    tensors = {}
+    for name, shape in shapes(segments, config).items():
+        if name.endswith(".u") or ".bias" in name:
+            tensors[name] = torch.zeros(shape)
+        else:
+            tensors[name] = torch.randn(shape, generator=generator)
+            tensors[name] *= V_STD if name.endswith(".v") else RULE_STD
+    return tensors
+
+
+def inject(model: nn.Module, segments: Sequence[Segment], config: TrainConfig) -> dict[str, nn.Parameter]:
+    """Replace the linears that hold the segments by adapted ones; the output stays the same at first.
+
+    Returns:
+        The trainable tensors by their names, each once.
+    """
+    parameters = {name: nn.Parameter(tensor) for name, tensor in initial(segments, config).items()}
+    by_module: dict[str, list[Segment]] = defaultdict(list)
+    for segment in segments:
+        by_module[segment.module].append(segment)
+    for path, members in by_module.items():
+        linear = replace_linear(model, path, lambda weight, bias: KronLinear(weight, bias, config.scale))
+        assert isinstance(linear, KronLinear)
+        for segment in sorted(members, key=lambda s: s.start):
+            names = tensor_names(segment, config.rule)
+            linear.rows.append((segment.start, segment.stop))
+            linear.factors.append(_factors(parameters, names))
+            linear.deltas.append(parameters[names["bias"]] if "bias" in names else None)
+            for name in names.values():  # registered, so that the module can be moved; shared ones stay one Parameter
+                linear.register_parameter(name.replace(".", "_"), parameters[name])
+    return parameters
+
+
+def deltas(
+    tensors: Mapping[str, Tensor], segments: Sequence[Segment], config: TrainConfig
+) -> Iterator[tuple[str, int, Tensor]]:
+    """What merging adds to the backbone's state dict: (key, first row, float64 update), weights then biases."""
+    for segment in segments:
+        names = tensor_names(segment, config.rule)
+        wide = {name: tensors[name].double() for name in names.values()}
+        yield f"{segment.module}.weight", segment.start, kron_delta(_factors(wide, names), config.scale)
+        if "bias" in names:
+            assert segment.bias is not None
+            yield segment.bias, segment.bias_start, wide[names["bias"]]
+
+
+def _factors(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> KronFactors:
+    b = tensors[names["b"]] if "b" in names else None
+    return KronFactors(tensors[names["a"]], b, tensors[names["u"]], tensors[names["v"]])

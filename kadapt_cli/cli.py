@@ -1,0 +1,207 @@
+"""The command line: options, help, exit codes. Imports no torch until a command needs it.
+
+stdout carries the result alone (with --json exactly one JSON document); everything else goes to stderr.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from kadapt_cli import __version__
+from kadapt_cli.config import TrainConfig, resolve
+from kadapt_cli.errors import INTERRUPTED, KadaptError
+
+app = typer.Typer(
+    name="kadapt",
+    help="Adapt pretrained vision transformers to your images by training about 50 thousand parameters.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Device = Literal["auto", "cpu", "cuda"]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be used instead of stopping.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by 'kadapt train'.")]
+
+
+def main() -> None:
+    """Run the command line; a `KadaptError` is one line on stderr and its exit code."""
+    try:
+        app()
+    except KadaptError as error:
+        Console(stderr=True).print(f"[bold red]kadapt:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("kadapt: interrupted", highlight=False)
+        sys.exit(INTERRUPTED)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"kadapt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _option(name: str, *flags: str) -> Any:
+    """A Typer option for a field of `TrainConfig`: its description and default make the help text."""
+    field = TrainConfig.model_fields[name]
+    default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+    shown = "" if default is None or isinstance(default, bool) else f" \\[default: {default}]"
+    return typer.Option(*flags, help=f"{field.description}{shown}", show_default=False)
+
+
+@app.command()
+def train(
+    data: Annotated[str | None, _option("data")] = None,
+    model: Annotated[str | None, _option("model")] = None,
+    method: Annotated[str | None, _option("method")] = None,
+    shots: Annotated[int | None, _option("shots")] = None,
+    seed: Annotated[int | None, _option("seed")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder. [default: runs/NAME-N]", show_default=False)] = None,
+    epochs: Annotated[int | None, _option("epochs")] = None,
+    lr: Annotated[float | None, _option("lr")] = None,
+    weight_decay: Annotated[float | None, _option("weight_decay")] = None,
+    batch_size: Annotated[int | None, _option("batch_size")] = None,
+    micro_batch: Annotated[int | None, _option("micro_batch")] = None,
+    warmup: Annotated[float | None, _option("warmup")] = None,
+    patience: Annotated[int | None, _option("patience")] = None,
+    val: Annotated[Literal["auto", "none"] | None, _option("val")] = None,
+    augment: Annotated[Literal["none", "light", "strong"] | None, _option("augment")] = None,
+    img_size: Annotated[int | None, _option("img_size")] = None,
+    targets: Annotated[str | None, _option("targets")] = None,
+    terms: Annotated[int | None, _option("terms")] = None,
+    rank: Annotated[int | None, _option("rank")] = None,
+    rule: Annotated[Literal["factored", "full"] | None, _option("rule")] = None,
+    scale: Annotated[float | None, _option("scale")] = None,
+    device: Annotated[Device | None, _option("device")] = None,
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, _option("precision")] = None,
+    no_pretrained: Annotated[
+        bool, typer.Option("--no-pretrained", help="Start from random weights: for counting and tests.")
+    ] = False,
+    weights: Annotated[str | None, _option("weights")] = None,
+    save_every: Annotated[float | None, _option("save_every")] = None,
+    skip_bad: SkipBad = False,
+    config: Annotated[Path | None, typer.Option(help="A TOML file of these options, such as a run's config.toml.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Scan, count and estimate; write nothing.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Adapt a backbone to labelled images and keep the result in a run folder."""
+    given = {name: value for name, value in locals().items() if name in TrainConfig.model_fields and value is not None}
+    given |= {"targets": [t.strip() for t in targets.split(",")]} if targets is not None else {}
+    given |= {"pretrained": False} if no_pretrained else {}
+    if not skip_bad:
+        del given["skip_bad"]
+    resolved = resolve(given, config)
+    from kadapt_cli.progress import Display
+    from kadapt_cli.runs import default_out
+    from kadapt_cli.train import dry_run as run_dry
+    from kadapt_cli.train import train as run_train
+
+    display = Display(Console(stderr=True))
+    folder = out if out is not None else default_out(resolved, resume)
+    result = run_dry(resolved, folder, display) if dry_run else run_train(resolved, folder, resume=resume, display=display)
+    if as_json:
+        _print_json(result)
+    else:
+        from kadapt_cli.progress import show_result
+
+        show_result(result, Console())
+
+
+@app.command("eval")
+def evaluate(
+    run: RunArgument,
+    data: Annotated[str | None, typer.Option(help="Other images with the run's classes.")] = None,
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Which of the run's images.")] = "test",
+    device: DeviceOption = "auto",
+    skip_bad: SkipBad = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure a run: accuracy, calibration, each class, confusions, with 95 % intervals."""
+    from kadapt_cli import evaluate as worker
+
+    opened, found = worker.evaluate(run, data=data, split=split, device=device, skip_bad=skip_bad)
+    if as_json:
+        head = {"schema_version": 1, "run": str(run), "data": data or opened.config.data, "split": split}
+        _print_json(head | found.to_json())
+        return
+    from kadapt_cli import report
+
+    console = Console()
+    for table in (report.metrics_table(found), report.per_class_table(found), report.confusion_table(found)):
+        console.print(table)
+
+
+@app.command()
+def predict(
+    run: RunArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Files, or folders of images.")],
+    top: Annotated[int, typer.Option(help="How many classes to give an image.")] = 3,
+    device: DeviceOption = "auto",
+    skip_bad: SkipBad = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Classify images with a run."""
+    from kadapt_cli import predict as worker
+
+    predictions, left_out = worker.predict(run, images, top=top, device=device, skip_bad=skip_bad)
+    for line in left_out:
+        Console(stderr=True).print(f"left out: {escape(line)}", soft_wrap=True, highlight=False)
+    if as_json:
+        _print_json({"schema_version": 1, "predictions": predictions})
+        return
+    for prediction in predictions:
+        classes = "  ".join(f"{c['name']} {c['probability']:.1%}" for c in prediction["classes"])
+        Console().print(f"{escape(prediction['path'])}  {escape(classes)}", soft_wrap=True, highlight=False)
+
+
+def merge_weights(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Number format of the weights.")] = "fp32",
+    as_json: JsonFlag = False,
+) -> None:
+    """Fold adapter and head into plain weights that timm and transformers load, and verify them."""
+    from kadapt_cli import merge as worker
+
+    result = worker.merge(run, out, dtype=dtype)
+    if as_json:
+        _print_json(result)
+        return
+    console = Console()
+    console.print(f"wrote {escape(str(out))}", soft_wrap=True, highlight=False)
+    console.print(
+        f"loaded again by timm in a fresh process: largest difference of a logit on {result['images']} images "
+        f"{result['max_difference']:.1e}", soft_wrap=True, highlight=False,
+    )
+    if dtype != "fp32":
+        console.print(f"rounding to {dtype} destroyed {result['rounding_loss']:.1%} of the adapter", highlight=False)
+
+
+app.command("merge-weights")(merge_weights)
+app.command("merge", hidden=True)(merge_weights)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What a training run is made of: one frozen, checked record, read from TOML and written back resolved.
+
+Precedence is command-line options, then the file given by ``--config``, then the defaults that stand here and nowhere
+else. The run folder's ``config.toml`` holds every value, so that ``kadapt train --config RUN/config.toml`` repeats it.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kadapt_cli.errors import UsageError
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class TrainConfig(BaseModel):
+    """Every choice that decides what a training run computes.
+
+    The field descriptions are the help texts of ``kadapt train``. Errors are `UsageError`, raised by `resolve`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    data: str = Field("demo", min_length=1, description="A folder of classes, 'demo', or a named set (torch/…, hfds/…).")
+    model: str = Field("vit32", min_length=1, description="A timm model name, 'local-dir:DIR', or the bundled 'vit32'.")
+    method: str = Field("kadaptation", description="The adaptation method.")
+    shots: int | None = Field(
+        None, ge=1, description="Training images drawn a class, validation included; all of them when not given."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the draw, the initialisation and the order of images.")
+    epochs: int = Field(60, ge=1, description="Passes over the training images.")
+    lr: float = Field(5e-3, gt=0, description="Peak learning rate.")
+    weight_decay: float = Field(1e-4, ge=0, description="Weight decay of AdamW.")
+    batch_size: int = Field(32, ge=1, description="Images an optimizer step.")
+    micro_batch: int | None = Field(
+        None, ge=1, description="Images a forward pass; gradients accumulate up to the batch size. The batch size when not given."
+    )
+    warmup: float = Field(0.1, ge=0, lt=1, description="Part of the steps in which the learning rate rises.")
+    patience: int = Field(20, ge=1, description="Stop after this many epochs without a better validation result.")
+    val: Literal["auto", "none"] = Field(
+        "auto", description="'auto' keeps 20 % of the drawn images for validation; 'none' trains on all of them."
+    )
+    augment: Literal["none", "light", "strong"] = Field("light", description="Augmentation of the training images.")
+    img_size: int | None = Field(None, ge=8, le=4096, description="Image size; the model's own when not given.")
+    targets: tuple[str, ...] = Field(("q", "v"), min_length=1, description="What to adapt: comma-separated globs.")
+    terms: int | None = Field(None, ge=1, description="T, Kronecker terms and side of A; up to 32 when not given.")
+    rank: int = Field(1, ge=1, description="r, the rank of each block B_t = u_t v_tᵀ.")
+    rule: Literal["factored", "full"] = Field("factored", description="A_t as a_t b_tᵀ (factored) or as a full matrix.")
+    scale: float = Field(1.0, gt=0, description="s, the factor before ΔW.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="Number format of the backbone.")
+    pretrained: bool = Field(True, description="Load pretrained weights.")
+    weights: str | None = Field(None, min_length=1, description="A safetensors file with the backbone's weights.")
+    save_every: float = Field(30.0, ge=0, description="Seconds between saves within an epoch.")
+    skip_bad: bool = Field(False, description="Leave out images that cannot be used instead of stopping.")
+
+
+def resolve(options: dict[str, Any], config_file: Path | None = None) -> TrainConfig:
+    """Merge command-line options over a TOML file over the defaults, and check the result.
+
+    Args:
+        options: Values given on the command line, by field name; None means not given.
+        config_file: A TOML file of the same names, or None.
+
+    Raises:
+        UsageError: An unknown key, a wrong type or a value out of range; names the key and where it came from.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    from_file = read_toml(config_file) if config_file is not None else {}
+    for key in from_file:
+        if key not in TrainConfig.model_fields:
+            close = difflib.get_close_matches(key, TrainConfig.model_fields, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(TrainConfig.model_fields)}"
+            raise UsageError(f"{config_file}: unknown key '{key}'; {hint}")
+    try:
+        return TrainConfig.model_validate(from_file | given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = str(first["loc"][0])
+        where = f"--{key.replace('_', '-')}" if key in given else f"{config_file}: {key}"
+        raise UsageError(f"{where}: {first['msg']}, but {first['input']!r} was given") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file of at most 1 MiB; `UsageError` when it is missing, too large or malformed."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise UsageError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, which is no configuration file of kadapt")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid TOML: {error}") from None
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The resolved configuration as TOML; values that are not set are left out. `read_toml` gives it back."""
+    lines = [f"{key} = {_toml_value(value)}" for key, value in config.model_dump().items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: bool | int | float | str | tuple[str, ...]) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'
+    return repr(value)

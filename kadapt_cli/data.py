@@ -1,0 +1,748 @@
+"""From a folder of photos or a named set to one checked manifest, its splits, and the tensors of a training run.
+
+Every image is read once: its bytes are hashed and decoded, and the pixels are kept while they fit in memory. A sample
+is a path, a label, a size and a digest; the list of samples is the manifest that a run keeps and later checks.
+
+A draw ranks the images of a class by sha256(seed:path) and takes the first k. It depends on nothing but the seed and
+the paths of that class: not on the order of files, and not on files of other classes.
+"""
+
+import contextlib
+import csv
+import hashlib
+import io
+import os
+import random
+import struct
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from kadapt_cli.catalog import NamedSet, is_named, open_named
+from kadapt_cli.errors import DataError, UsageError
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# Files with these endings are images; those in a format that is not read are refused by name rather than passed by.
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm",
+    ".pgm", ".pbm", ".pnm", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".psd", ".ico",
+)  # fmt: skip
+MAX_PIXELS = 89_478_485  # 256 MiB of RGB, where Pillow begins to warn
+MAX_ASPECT = 200  # 1 x 10,000 pixels would become 224 x 2,240,000 before the evaluation crop
+MAX_FILE_BYTES = 1 << 30
+# What Pillow raises on damaged files of these formats.
+DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, MemoryError,
+    AttributeError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+SPLITS = ("train", "val", "test")
+FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
+JUNK_FOLDERS = ("__MACOSX", "@eaDir")  # left by archive tools and file servers; they hold thumbnails and resource forks
+DEMO_SHOTS = 10
+TENSOR_CACHE_BYTES = 512 << 20
+MANIFEST_COLUMNS = ["path", "label", "split", "bytes", "sha256"]
+
+Loaded = tuple[int, str, Image.Image]  # bytes, sha256, RGB pixels
+Splits = dict[str, list["Sample"]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of the manifest.
+
+    ``path`` is relative to the data folder, or names a picture of a named set ("torch/mnist/train/12", "demo/0007").
+    ``label`` is an index into the classes. ``size`` in bytes and ``digest`` (SHA-256) are those of the file, or of the
+    RGB pixels in a named set; they are 0 and "" until the image has been checked.
+    """
+
+    path: str
+    label: int
+    size: int = 0
+    digest: str = ""
+
+
+@dataclass
+class ImageSet:
+    """Checked images with their labels and splits.
+
+    ``splits`` always has "train", "val" and "test", each sorted by path and possibly empty. ``classes`` are the names
+    of the class folders, sorted; a named set keeps its own order. ``notes`` are lines for people.
+    """
+
+    name: str
+    source: str
+    root: Path | None
+    classes: tuple[str, ...]
+    splits: Splits
+    notes: list[str]
+    load: Callable[[str], Loaded] = field(repr=False)
+    cache: dict[str, Image.Image] = field(default_factory=dict, repr=False)
+
+    def image(self, sample: Sample) -> Image.Image:
+        """The RGB picture of a sample, shared with the cache: not to be changed in place.
+
+        Raises:
+            DataError: The picture was not kept in memory, and its file is gone or has changed since it was checked.
+        """
+        if sample.path in self.cache:
+            return self.cache[sample.path]
+        _, digest, image = self.load(sample.path)
+        if digest != sample.digest:
+            raise DataError(f"{self.source}: {shown(sample.path)} has changed since it was checked; start again")
+        return image
+
+
+def shown(text: str) -> str:
+    """A name as it can stand in one line: itself, or its Python form when it has newlines or control characters."""
+    return text if text.isprintable() else repr(text)
+
+
+def listed(items: Sequence[str]) -> str:
+    """At most five of the items, and a count of the others."""
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+
+
+# --- one image ---
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read one image file as 8-bit RGB.
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled by 1/257 and floating-point grey
+    in 0..1 by 255, rounded to the nearest.
+
+    Raises:
+        DataError: The path and why: missing, empty, not an image, damaged, truncated, animated, or too large.
+    """
+    with _quiet():
+        return decode_image(_read_bytes(path, str(path)), str(path))
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """What `read_image` does, from the bytes of a file; `name` stands in the error."""
+    if not data:
+        raise DataError(f"{shown(name)}: the file is empty")
+    with _refusing(name), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return _to_rgb(image)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence Pillow's warnings: what they warn of is either read all the same or refused by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Turn whatever Pillow raises on a bad image into a `DataError` with the image's name and the reason."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise DataError(f"{shown(name)}: not an image of a known format ({', '.join(FORMATS)})") from None
+    except DECODE_ERRORS as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise DataError(f"{shown(name)}: {reason}") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image as plain RGB; `ValueError` with the reason when it is too large, animated or out of range."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"one side of {width} x {height} is more than {MAX_ASPECT} times the other")
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise ValueError(f"animated or of several pages ({frames} frames)")
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _to_8_bit(image)
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    rgb = image.convert("RGB")
+    rgb.info = {}  # embedded thumbnails and profiles would stay in memory with every kept image
+    return rgb
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey, or floating-point grey in 0..1, as 8-bit grey; Pillow's own conversion clips at 255."""
+    values = np.asarray(image)
+    top = 1.0 if image.mode == "F" else 65535
+    if not (values.min() >= 0 and values.max() <= top):  # NaN fails this too
+        raise ValueError(f"grey values from {values.min()} to {values.max()}, outside 0 to {top}")
+    return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+
+
+def _read_bytes(path: Path, name: str) -> bytes:
+    try:
+        if not path.is_file():  # a pipe would be waited on for ever
+            raise DataError(f"{shown(name)}: no such file")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise DataError(f"{shown(name)}: a file of more than {MAX_FILE_BYTES >> 20} MiB")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{shown(name)}: cannot be read ({error.strerror})") from None
+
+
+# --- what is in a folder ---
+
+
+@dataclass
+class _Found:
+    """A walk through the data folder `root` (`real` without links), and what it met besides the images of classes."""
+
+    root: Path
+    real: Path
+    links: list[str] = field(default_factory=list)
+    strays: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+    def relative(self, entry: os.DirEntry[str]) -> str:
+        return Path(entry.path).relative_to(self.root).as_posix()
+
+    def follows(self, entry: os.DirEntry[str]) -> bool:
+        """Links are followed to files inside the root only: never to a folder, so that no loop can occur."""
+        inside = Path(os.path.realpath(entry.path)).is_relative_to(self.real)
+        return not entry.is_symlink() or (inside and not os.path.isdir(entry.path))
+
+    def is_image(self, entry: os.DirEntry[str]) -> bool:
+        is_file = entry.is_symlink() or entry.is_file()  # a broken link counts, and is refused when it is read
+        return is_file and self.follows(entry) and Path(entry.name).suffix.lower() in IMAGE_SUFFIXES
+
+    def set_aside(self, entry: os.DirEntry[str]) -> None:
+        kind = self.strays if self.is_image(entry) else self.others if self.follows(entry) else self.links
+        kind.append(shown(self.relative(entry)))
+
+    def notes(self) -> list[str]:
+        kinds = (
+            (self.links, "symbolic link{} to folders or out of the data folder {} not followed"),
+            (self.strays, "image{} beside the class folders {} ignored"),
+            (self.folders, "folder{} beside train/ {} ignored"),
+            (self.others, "other file{} {} ignored"),
+        )
+        forms = [(paths, text.format(*(("", "was") if len(paths) == 1 else ("s", "were")))) for paths, text in kinds]
+        return [f"{len(paths)} {text} ({listed(paths)})" for paths, text in forms if paths]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, sorted by name, without hidden files."""
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in JUNK_FOLDERS]
+    except OSError as error:
+        raise DataError(f"{shown(str(folder))}: cannot be read ({error.strerror})") from None
+    return sorted(visible, key=lambda entry: os.fsencode(entry.name))
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return [entry.name for entry in _entries(folder) if entry.is_dir(follow_symlinks=False)]
+
+
+def _root_of(source: str) -> Path:
+    root = Path(source)
+    if root.is_dir():
+        return root
+    packed = "; unpack it first" if root.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".7z") else ""
+    what = f"a file{packed}" if root.is_file() else "not a folder"
+    raise DataError(
+        f"{shown(source)}: {what}; give a folder with a subfolder of images for each class, 'demo', "
+        "or a named set (torch/…, hfds/…)"
+    )
+
+
+def _layout(root: Path) -> dict[str, Path]:
+    """Split -> its folder; empty for a plain folder of classes."""
+    names = _subfolders(root)
+    splits = {split: root / name for split, choices in FOLDERS.items() for name in reversed(choices) if name in names}
+    others = set(names) - {name for choices in FOLDERS.values() for name in choices}
+    # A class may be called 'train' (beside 'car' and 'plane') or 'test'.
+    if others and not ("train" in splits and _subfolders(splits["train"])):
+        return {}
+    return splits
+
+
+def _scan(folder: Path, found: _Found) -> dict[str, list[str]]:
+    """Class -> paths of its images, for the class folders in a folder."""
+    classes: dict[str, list[str]] = {}
+    for entry in _entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            if not _is_utf8(entry.name):
+                raise DataError(f"{folder}: the name {os.fsencode(entry.name)!r} is not valid UTF-8; rename the folder")
+            classes[entry.name] = list(_walk(Path(entry.path), found))
+        else:
+            found.set_aside(entry)
+    links = f"; {len(found.links)} symbolic links were not followed" if found.links else ""
+    if not classes:
+        raise DataError(f"{folder}: no class folders; put the images of each class in a folder of its own{links}")
+    empty = [shown(name) for name, paths in classes.items() if not paths]
+    if empty:
+        raise DataError(f"{folder}: no images in class {listed(empty)}; add images or remove the folder{links}")
+    return classes
+
+
+def _walk(folder: Path, found: _Found) -> Iterator[str]:
+    for entry in _entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path), found)
+        elif found.is_image(entry):
+            yield found.relative(entry)
+        else:
+            found.set_aside(entry)
+
+
+def _is_utf8(name: str) -> bool:
+    return not any("\udc80" <= letter <= "\udcff" for letter in name)  # how Python spells bytes it cannot decode
+
+
+def _pool(groups: dict[str, list[str]], classes: Sequence[str], folder: Path) -> list[Sample]:
+    """The images of scanned classes as samples not yet checked; `DataError` for a class that is not among `classes`."""
+    unknown = [shown(name) for name in groups if name not in classes]
+    if unknown:
+        known = listed([shown(name) for name in classes])
+        raise DataError(f"{folder}: has class {listed(unknown)}, which training lacks ({known}); rename or remove it")
+    labels = {name: label for label, name in enumerate(classes)}
+    return sorted((Sample(path, labels[name]) for name in groups for path in groups[name]), key=_by_path)
+
+
+def _by_path(sample: Sample) -> str:
+    return sample.path
+
+
+# --- checking ---
+
+
+def _load_file(root: Path, path: str) -> Loaded:
+    if not _is_utf8(path):
+        raise DataError(f"{os.fsencode(path)!r}: the name is not valid UTF-8")
+    data = _read_bytes(root / path, path)
+    return len(data), hashlib.sha256(data).hexdigest(), decode_image(data, path)
+
+
+def _load_named(named: NamedSet, path: str) -> Loaded:
+    with _refusing(path):
+        picture = named.picture(path)
+        image = _to_rgb(picture) if isinstance(picture, Image.Image) else decode_image(picture.read(), path)
+    pixels = image.tobytes()
+    return len(pixels), hashlib.sha256(pixels).hexdigest(), image
+
+
+def _check(images: ImageSet, samples: Sequence[Sample], cache_bytes: int) -> tuple[dict[str, Sample], dict[str, str]]:
+    """Read samples once, keeping pictures while they fit: path -> checked sample, and path -> what is wrong with it."""
+
+    def load(sample: Sample) -> Loaded | DataError:
+        try:
+            return images.load(sample.path)
+        except DataError as error:
+            return error
+
+    room = cache_bytes - sum(3 * image.width * image.height for image in images.cache.values())
+    good, bad = {}, {}
+    with _quiet(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for sample, loaded in zip(samples, pool.map(load, samples), strict=True):
+            if isinstance(loaded, DataError):
+                bad[sample.path] = str(loaded)
+                continue
+            size, digest, image = loaded
+            good[sample.path] = Sample(sample.path, sample.label, size, digest)
+            room -= 3 * image.width * image.height
+            if room >= 0:
+                images.cache[sample.path] = image
+    return good, bad
+
+
+def _complete(images: ImageSet, divide: Callable[[Splits], Splits], skip_bad: bool, cache_bytes: int) -> ImageSet:
+    """Divide the samples of a set and check those that a split holds; again without the bad ones if `skip_bad`.
+
+    Ranks do not change when images are left out, so the result is a draw from the good images alone.
+    """
+    good: dict[str, Sample] = {}
+    bad: dict[str, str] = {}
+    pools = images.splits
+    while True:
+        images.splits = divide(pools)
+        drawn = [sample for split in SPLITS for sample in images.splits[split]]
+        newly_good, newly_bad = _check(images, [sample for sample in drawn if sample.path not in good], cache_bytes)
+        good |= newly_good
+        bad |= newly_bad
+        if not newly_bad:
+            break
+        count = f"{len(bad)} of {len(good) + len(bad)} images"
+        if not skip_bad:
+            raise DataError(
+                f"{shown(images.source)}: {count} cannot be used: {listed(list(bad.values()))}; "
+                "mend or remove them, or pass --skip-bad"
+            )
+        pools = {split: [sample for sample in samples if sample.path not in bad] for split, samples in pools.items()}
+    if bad:
+        images.notes.append(f"{count} were left out: {listed(list(bad.values()))}")
+    images.splits = {split: [good[sample.path] for sample in images.splits[split]] for split in SPLITS}
+    images.notes += _split_notes(images.splits, images.classes)
+    return images
+
+
+def _split_notes(splits: Splits, classes: Sequence[str]) -> list[str]:
+    """What people should know of a division: the same picture on both sides, and what cannot be measured."""
+    notes = []
+    first = {sample.digest: sample.path for sample in splits["train"]}
+    for split in ("val", "test"):
+        same = [sample for sample in splits[split] if sample.digest in first]
+        if same:
+            pair = f"{shown(same[0].path)} = {shown(first[same[0].digest])}"
+            notes.append(f"{len(same)} of {len(splits[split])} {split} images are training images too ({pair})")
+        labels = {sample.label for sample in splits[split]}
+        absent = [shown(name) for label, name in enumerate(classes) if label not in labels]
+        if splits[split] and absent:
+            notes.append(f"no {split} images of class {listed(absent)}")
+    if splits["train"] and not splits["test"]:
+        notes.append("no images are left for test")
+    return notes
+
+
+# --- drawing ---
+
+
+def _divide(pools: Splits, classes: Sequence[str], shots: int | None, seed: int, val: str, where: str) -> Splits:
+    """Draw train, val and test from the pools a source has ("train", and "val" and "test" where it has them)."""
+    least = shots or 1 + (val == "auto" and "val" not in pools) + ("test" not in pools)
+    counts = Counter(sample.label for sample in pools["train"])
+    short = [f"{shown(name)} ({counts[label]})" for label, name in enumerate(classes) if counts[label] < least]
+    if short:
+        need = f"{shots} shots need" if shots else "the splits need"
+        mend = "add images or lower --shots" if shots else "add images"
+        raise DataError(f"{where}: {need} {least} usable images a class or more, too few in {listed(short)}; {mend}")
+    drawn, rest = pools["train"], list[Sample]()
+    if shots is not None:
+        drawn, rest = _take(drawn, lambda n: shots, f"{seed}")
+    elif "test" not in pools:
+        rest, drawn = _take(drawn, _fifth, f"{seed}")
+    kept: list[Sample] = []
+    if val == "auto" and "val" in pools:
+        kept = pools["val"]
+    elif val == "auto":
+        kept, drawn = _take(drawn, _fifth, f"{seed}:val")
+    splits = {"train": drawn, "val": kept, "test": pools.get("test", rest)}
+    return {split: sorted(samples, key=_by_path) for split, samples in splits.items()}
+
+
+def _take(samples: Sequence[Sample], count: Callable[[int], int], salt: str) -> tuple[list[Sample], list[Sample]]:
+    """Of each class, the first `count(n)` of its n samples by the hash of salt and path; and all the others."""
+
+    def rank(sample: Sample) -> bytes:
+        return hashlib.sha256(os.fsencode(f"{salt}:{sample.path}")).digest()
+
+    groups: dict[int, list[Sample]] = {}
+    for sample in sorted(samples, key=rank):
+        groups.setdefault(sample.label, []).append(sample)
+    taken = [sample for group in groups.values() for sample in group[: count(len(group))]]
+    left = [sample for group in groups.values() for sample in group[count(len(group)) :]]
+    return taken, left
+
+
+def _fifth(n: int) -> int:
+    return max(1, round(0.2 * n))
+
+
+# --- the three ways to open data ---
+
+
+def open_images(
+    source: str,
+    *,
+    shots: int | None = None,
+    seed: int = 0,
+    val: str = "auto",
+    skip_bad: bool = False,
+    classes: tuple[str, ...] | None = None,
+    cache_bytes: int = 1 << 30,
+) -> ImageSet:
+    """Open a folder of classes, "demo" or a named set, draw the splits and check every image in them.
+
+    A folder holds a subfolder of images for each class, or such folders in train/ and optionally val/ (validation/,
+    valid/) and test/. Without test/ the test part is what the draw of `shots` leaves, or 20 % a class without `shots`.
+    Without val/, validation is 20 % of the drawn training images, at least one a class.
+
+    Args:
+        source: The folder, "demo", or a name with one of timm's prefixes (torch/, hfds/, hfids/, wds/, tfds/).
+        shots: Training images drawn a class, validation included; all of them when None (10 for "demo").
+        seed: Seed of the draw.
+        val: "auto", or "none" to train on all drawn images; a val/ folder is then ignored.
+        skip_bad: Leave out images that cannot be used, with a note, and draw from the others.
+        classes: The class names in the order wanted; those of the folders, sorted, when None. A named set has its own.
+        cache_bytes: Decoded pictures are kept up to this many bytes; others are decoded again whenever asked for.
+
+    Raises:
+        DataError: Folders, classes or images that cannot be used as they are.
+        UsageError: `shots` or `val` out of range, or one shot a class with validation drawn from it.
+    """
+    if val not in ("auto", "none"):
+        raise UsageError(f"val: 'auto' or 'none' was expected, {val!r} given")
+    if shots is not None and shots < 1:
+        raise UsageError(f"shots: 1 or more was expected, {shots} given")
+    if source == "demo" and shots is None:
+        shots = DEMO_SHOTS
+    images = _open_named(source, cache_bytes) if is_named(source) else _open_folder(source, val, classes)
+    if len(images.classes) < 2:
+        raise DataError(
+            f"{shown(source)}: two classes or more were expected, {shown(images.classes[0])} is the only one"
+        )
+    if shots == 1 and val == "auto" and "val" not in images.splits:
+        raise UsageError("shots: one image a class leaves none to train on beside validation; pass --val none")
+    where = shown(source)
+    divide = partial(_divide, classes=images.classes, shots=shots, seed=seed, val=val, where=where)
+    return _complete(images, divide, skip_bad, cache_bytes)
+
+
+def _open_named(source: str, cache_bytes: int) -> ImageSet:
+    """A named set with all samples of its own splits, none of them checked."""
+    named = open_named(source, cache_bytes=cache_bytes)
+    pools = {split: [Sample(path, label) for path, label in rows] for split, rows in named.entries.items()}
+    return ImageSet(named.name, source, None, named.classes, pools, [], partial(_load_named, named))
+
+
+def _open_folder(source: str, val: str, classes: tuple[str, ...] | None) -> ImageSet:
+    """A folder with all samples of the splits it has, none of them checked."""
+    root = _root_of(source)
+    layout = _layout(root)
+    found = _Found(root, root.resolve())
+    for entry in _entries(root) if layout else []:
+        if not entry.is_dir(follow_symlinks=False):
+            found.set_aside(entry)
+        elif Path(entry.path) not in layout.values():
+            found.folders.append(shown(entry.name))
+    folders = layout or {"train": root}
+    if "train" not in folders:
+        have = ", ".join(f"{folder.name}/" for folder in folders.values())
+        raise DataError(f"{shown(source)}: has {have} but no folder train/ (links to folders are not followed); add it")
+    notes = (
+        [f"{folders.pop('val').name}/ was ignored, as validation is off"] if val == "none" and "val" in folders else []
+    )
+    groups = {split: _scan(folder, found) for split, folder in folders.items()}
+    classes = classes or tuple(sorted(groups["train"]))
+    pools = {split: _pool(groups[split], classes, folder) for split, folder in folders.items()}
+    load = partial(_load_file, found.real)
+    return ImageSet(found.real.name, source, found.real, classes, pools, notes + found.notes(), load)
+
+
+def open_split(
+    source: str, split: str, classes: tuple[str, ...], *, skip_bad: bool = False, cache_bytes: int = 1 << 30
+) -> ImageSet:
+    """Open other data to evaluate a run on: every image of one split, labelled with the run's classes.
+
+    Args:
+        source: A plain folder of classes, all of which is used; a folder with splits; "demo"; or a named set.
+        split: "train", "val" or "test".
+        classes: The run's class names in the run's order; `source` may lack some of them.
+        skip_bad: As in `open_images`.
+        cache_bytes: As in `open_images`.
+
+    Returns:
+        A set whose images are all in ``splits[split]``; the other splits are empty.
+
+    Raises:
+        DataError: A class that the run does not know, a source without that split, or images that cannot be used.
+    """
+    if is_named(source):
+        images = _open_named(source, cache_bytes)
+        if images.classes != classes:
+            raise DataError(f"{source}: has classes {listed(images.classes)}, not those of the run ({listed(classes)})")
+        samples = images.splits.get("train" if source == "demo" else split, [])
+        have = list(images.splits)
+    else:
+        root = _root_of(source)
+        layout = _layout(root)
+        folder = layout.get(split) if layout else root
+        have = [folder.name for folder in layout.values()]
+        found = _Found(root, root.resolve())
+        samples = _pool(_scan(folder, found), classes, folder) if folder else []
+        load = partial(_load_file, found.real)
+        images = ImageSet(found.real.name, source, found.real, classes, {}, found.notes(), load)
+    if not samples:
+        raise DataError(f"{shown(source)}: has no {split} split, only {', '.join(have)}; choose one of these")
+    images.splits = {name: samples if name == split else [] for name in SPLITS}
+    return _complete(images, lambda pools: pools, skip_bad, cache_bytes)
+
+
+def restore(source: str, manifest: Splits, classes: tuple[str, ...], *, cache_bytes: int = 1 << 30) -> ImageSet:
+    """Open the very images a run was made of; each must still have the size and digest of its manifest.
+
+    Args:
+        source: What the run was given as its data.
+        manifest: The run's samples by split, from `parse_manifest`.
+        classes: The run's class names in order.
+        cache_bytes: As in `open_images`.
+
+    Raises:
+        DataError: Images that are missing or have changed, at most five by name.
+    """
+    if is_named(source):
+        images = _open_named(source, cache_bytes)
+    else:
+        root = _root_of(source).resolve()
+        images = ImageSet(root.name, source, root, classes, {}, [], partial(_load_file, root))
+    images.classes, images.splits = classes, manifest
+    wanted = [sample for split in SPLITS for sample in manifest[split]]
+    good, bad = _check(images, wanted, cache_bytes)
+    bad |= {
+        sample.path: f"{shown(sample.path)}: changed" for sample in wanted if good.get(sample.path, sample) != sample
+    }
+    if bad:
+        raise DataError(
+            f"{shown(source)}: {len(bad)} of {len(wanted)} images of the run are missing or changed: "
+            f"{listed(list(bad.values()))}; put the original files back, or evaluate other data"
+        )
+    return images
+
+
+# --- the manifest ---
+
+
+def manifest_csv(images: ImageSet) -> str:
+    """The samples of a set as CSV with the columns path, label (the class name), split, bytes and sha256."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(MANIFEST_COLUMNS)
+    for split in SPLITS:
+        for sample in images.splits[split]:
+            writer.writerow([sample.path, images.classes[sample.label], split, sample.size, sample.digest])
+    return text.getvalue()
+
+
+def parse_manifest(text: str, classes: tuple[str, ...]) -> Splits:
+    """What `manifest_csv` wrote, as samples by split.
+
+    Raises:
+        DataError: The text is no such manifest, or a path in it leaves the data folder; names the line.
+    """
+    splits: Splits = {split: [] for split in SPLITS}
+    labels = {name: label for label, name in enumerate(classes)}
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        if next(rows, None) != MANIFEST_COLUMNS:
+            raise ValueError(f"the columns {','.join(MANIFEST_COLUMNS)} were expected")
+        for path, name, split, size, digest in rows:
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise ValueError(f"{path!r} leaves the data folder")
+            splits[split].append(Sample(path, labels[name], int(size), digest))
+    except (ValueError, KeyError, csv.Error) as error:
+        raise DataError(f"manifest.csv: line {rows.line_num} cannot be used ({error}); the run is damaged") from None
+    return splits
+
+
+# --- tensors ---
+
+
+@dataclass(frozen=True)
+class Transform:
+    """From an RGB picture to a normalised float32 tensor (3, H, W); `is_random` when it draws random numbers."""
+
+    steps: Callable[[Image.Image], torch.Tensor]
+    is_random: bool
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Apply the steps to one picture."""
+        return self.steps(image)
+
+
+def make_transform(data_config: dict[str, Any], *, augment: str) -> Transform:
+    """timm's transform for a model.
+
+    Args:
+        data_config: What `timm.data.resolve_model_data_config` gives: input_size, interpolation, mean, std, crop_pct,
+            crop_mode.
+        augment: "none" is the evaluation transform. "light" crops to 60 % of the area or more and changes colours a
+            little. "strong" crops to 30 % or more, mirrors half of the time, applies RandAugment and erases rectangles.
+
+    Raises:
+        UsageError: Another value of `augment`.
+    """
+    from timm.data import create_transform
+
+    choices: dict[str, dict[str, Any]] = {
+        "none": {},
+        "light": {"scale": (0.6, 1.0), "ratio": (0.8, 1.25), "hflip": 0.0, "color_jitter": 0.1},
+        "strong": {"scale": (0.3, 1.0), "hflip": 0.5, "auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25},
+    }
+    if augment not in choices:
+        raise UsageError(f"augment: one of {', '.join(choices)} was expected, {augment!r} given")
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    is_random = augment != "none"
+    steps = create_transform(**{key: data_config.get(key) for key in keys}, **choices[augment], is_training=is_random)
+    return Transform(steps, is_random)
+
+
+class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+    """The samples of one split as (float32 tensor (3, H, W), label), in the order of the manifest.
+
+    With a random transform, the numbers drawn for a sample depend on the seed, the epoch and its index alone: not on
+    the order of samples, on workers, or on where a run was resumed; the global generators are left as they were. With
+    another, tensors are kept if those of the split fit in 512 MiB; they are shared, not to be changed in place.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        split: str,
+        transform: Callable[[Image.Image], torch.Tensor],
+        seed: int = 0,
+        epoch: int = 0,
+    ) -> None:
+        self.images = images
+        self.samples = images.splits[split]
+        self.transform = transform
+        self.seed = seed
+        self.epoch = epoch
+        self.is_random: bool = getattr(transform, "is_random", True)
+        self.kept: dict[int, torch.Tensor] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose random numbers the next samples are made with."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        sample = self.samples[index]
+        if index in self.kept:
+            return self.kept[index], sample.label
+        with _seeded(f"{self.seed}:{self.epoch}:{index}") if self.is_random else contextlib.nullcontext():
+            tensor = self.transform(self.images.image(sample))
+        if not self.is_random and tensor.nbytes * len(self.samples) <= TENSOR_CACHE_BYTES:
+            self.kept[index] = tensor
+        return tensor, sample.label
+
+
+@contextlib.contextmanager
+def _seeded(key: str) -> Iterator[None]:
+    """Seed the generators that timm's transforms draw from, and put their states back afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
+    random.seed(number)
+    np.random.seed(number)
+    torch.default_generator.manual_seed(number)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of n samples in one epoch: a permutation given by seed and epoch, the same on every machine."""
+    return random.Random(f"{seed}:{epoch}").sample(range(n), n)

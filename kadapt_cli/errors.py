@@ -1,0 +1,64 @@
+"""Errors that a user can mend, each with a documented exit code.
+
+A `KadaptError` is printed as one line and ends the command with its code. Anything else that escapes a command is our
+bug: it shows its traceback and ends with exit code 1.
+"""
+
+USAGE = 2
+DATA = 3
+MODEL = 4
+ENVIRONMENT = 5
+DIVERGED = 6
+CHECK_FAILED = 7
+TERMINATED = 143
+INTERRUPTED = 130
+
+
+class KadaptError(Exception):
+    """Something the user can mend: where, what was expected, what was given, what to do."""
+
+    exit_code = 1
+
+
+class UsageError(KadaptError):
+    """A wrong option or configuration value, or an output folder that is not free."""
+
+    exit_code = USAGE
+
+
+class DataError(KadaptError):
+    """Images, folders or labels that cannot be used as they are."""
+
+    exit_code = DATA
+
+
+class ModelError(KadaptError):
+    """An unknown or unreachable model, or an adapter or checkpoint that does not fit or is damaged."""
+
+    exit_code = MODEL
+
+
+class MachineError(KadaptError):
+    """The machine cannot do it: no CUDA, out of memory at batch 1, disk full, no permission."""
+
+    exit_code = ENVIRONMENT
+
+
+class DivergedError(KadaptError):
+    """The loss is no longer finite."""
+
+    exit_code = DIVERGED
+
+
+class CheckFailedError(KadaptError):
+    """A result was produced but did not pass its own verification."""
+
+    exit_code = CHECK_FAILED
+
+
+class InterruptedRunError(KadaptError):
+    """The user or the system asked the run to stop; its state is saved."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

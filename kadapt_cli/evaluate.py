@@ -1,0 +1,139 @@
+"""Load a finished run and measure it: `kadapt eval`, and the model behind `predict` and `merge-weights`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from kadapt_cli import metrics, runs
+from kadapt_cli.adapters import Adapted, adapt
+from kadapt_cli.config import TrainConfig, resolve
+from kadapt_cli.data import ImageDataset, ImageSet, make_transform, open_split, parse_manifest, restore
+from kadapt_cli.errors import MachineError, ModelError
+from kadapt_cli.models import load
+
+EVALUATION_BATCH = 128
+
+
+@dataclass
+class Run:
+    """A trained run, ready to use: what `open_run` returns."""
+
+    path: Path
+    info: dict[str, Any]
+    config: TrainConfig
+    adapted: Adapted
+    classes: tuple[str, ...]
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto', 'cpu' or 'cuda' as a device; `MachineError` when CUDA is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MachineError("--device cuda: this machine has no usable CUDA GPU; use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def open_run(path: Path) -> Run:
+    """Rebuild the adapted model of a run: backbone, checked by its digest, adapter and head. In eval mode, fp32, CPU.
+
+    Raises:
+        ModelError: No run, a damaged adapter, or a base model that is missing or not the one it was trained on.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such folder; give the folder of a run made by `kadapt train`")
+    tensors, info = runs.load_tensors(path / runs.ADAPTER, "adapter")
+    try:
+        config, classes, expected = resolve(info["config"]), tuple(info["classes"]), info["model"]["digest"]
+    except (KeyError, TypeError):
+        raise ModelError(f"{path / runs.ADAPTER}: its description is incomplete; restore it or train again") from None
+    backbone = load_backbone(config)
+    if backbone.digest != expected:
+        raise ModelError(
+            f"{path}: the adapter was trained on other weights of {config.model} (SHA-256 {expected[:12]}…) than those "
+            f"found now ({backbone.digest[:12]}…); give back the weights it was trained on"
+        )
+    adapted = adapt(backbone, config, len(classes))
+    fill(adapted, tensors, path / runs.ADAPTER)
+    return Run(path, info, config, adapted, classes)
+
+
+def load_backbone(config: TrainConfig) -> Any:
+    """The configured backbone, frozen."""
+    weights = Path(config.weights) if config.weights else None
+    return load(
+        config.model, pretrained=config.pretrained, weights=weights, img_size=config.img_size, seed=config.seed
+    )
+
+
+def fill(adapted: Adapted, tensors: dict[str, Tensor], source: Path) -> None:
+    """Copy saved tensors into the adapter and head; `ModelError` unless names and shapes match and all are finite."""
+    own = tensors_of(adapted)
+    if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()}:
+        differing = sorted(n for n in own.keys() | tensors.keys() if n not in own or n not in tensors
+                           or own[n].shape != tensors[n].shape)
+        raise ModelError(f"{source}: its tensors do not fit the model ({', '.join(differing[:3])}); train again")
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise ModelError(f"{source}: holds values that are not finite; train again with a smaller --lr")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def tensors_of(adapted: Adapted) -> dict[str, Tensor]:
+    """All that an adapter file holds: the trainable tensors and the head's constants, by name."""
+    return {**adapted.parameters(), "head.mean": adapted.head.mean, "head.std": adapted.head.std}
+
+
+def logits(
+    module: nn.Module, dataset: Dataset[tuple[Tensor, int]], device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """(n, C) float32 logits and (n,) labels of a dataset, in its order, on the CPU; no gradients."""
+    out, labels = [], []
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for images, target in DataLoader(dataset, batch_size=EVALUATION_BATCH):
+            out.append(module(images.to(device)).float().cpu())
+            labels.append(target)
+    return torch.cat(out), torch.cat(labels)
+
+
+def probabilities(values: Tensor) -> NDArray[np.float64]:
+    """Softmax over the classes in float64."""
+    result: NDArray[np.float64] = values.double().softmax(1).numpy()
+    return result
+
+
+def evaluate(path: Path, *, data: str | None, split: str, device: str, skip_bad: bool) -> tuple[Run, metrics.Metrics]:
+    """Measure a run on a split of its own images, or on all images of another source with the same classes.
+
+    Raises:
+        ModelError: As `open_run`.
+        DataError: The images are not those of the run any more, or the split is empty, or a class is unknown.
+    """
+    run = open_run(path)
+    images = images_of(run, data, split, skip_bad)
+    transform = make_transform(run.adapted.backbone.data_config, augment="none")
+    dataset = ImageDataset(images, split, transform, seed=run.config.seed)
+    chosen = choose_device(device)
+    values, labels = logits(run.adapted.module().to(chosen), dataset, chosen)
+    return run, metrics.evaluate(probabilities(values), labels.numpy(), run.classes)
+
+
+def images_of(run: Run, data: str | None, split: str, skip_bad: bool) -> ImageSet:
+    """The run's own images as its manifest lists them, or another source's with the run's classes."""
+    if data is not None:
+        return open_split(data, split, run.classes, skip_bad=skip_bad)
+    return run_images(run.path, run.config.data, run.classes)
+
+
+def run_images(path: Path, data: str, classes: Sequence[str]) -> ImageSet:
+    """The images that the manifest of the run folder `path` lists, each checked against its size and digest."""
+    manifest = path / runs.MANIFEST
+    if not manifest.is_file():
+        raise ModelError(f"{manifest}: missing; restore it, or give the images with --data")
+    return restore(data, parse_manifest(manifest.read_text(encoding="utf-8"), tuple(classes)), tuple(classes))

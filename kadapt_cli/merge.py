@@ -1,0 +1,170 @@
+"""`kadapt merge-weights`: fold adapter and head into plain weights that timm and transformers load.
+
+The folder holds config.json and model.safetensors in timm's own format, and a model card. After writing, a fresh process
+loads it with `timm.create_model("local-dir:DIR", pretrained=True)` and classifies real images; the logits must agree
+with the adapted model's.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save, save_file
+from timm.models import save_for_hf
+from torch import Tensor
+
+from kadapt_cli import __version__, runs
+from kadapt_cli.adapters import METHODS
+from kadapt_cli.data import ImageDataset, ImageSet, make_transform, open_images
+from kadapt_cli.errors import CheckFailedError, DataError, UsageError
+from kadapt_cli.evaluate import Run, load_backbone, logits, open_run, run_images
+from kadapt_cli.models import classifier_keys, full_model
+
+LARGEST_DIFFERENCE = 1e-4
+CHECKED_IMAGES = 32
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def merge(path: Path, out: Path, *, dtype: str) -> dict[str, Any]:
+    """Write the run's merged model to `out` and verify it.
+
+    Returns:
+        {"out", "dtype", "max_difference", "images", "rounding_loss"}: the largest difference of a logit on the images
+        checked, and the part of the weight updates' norm that rounding to `dtype` destroyed.
+
+    Raises:
+        UsageError: `out` is not free.
+        ModelError: As `evaluate.open_run`.
+        CheckFailedError: In fp32, logits differ by more than 1e-4; what was written stays for inspection.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out: {out} already exists; give a new or empty folder")
+    run = open_run(path)
+    state, loss = merged_state(run, DTYPES[dtype])
+    _write(run, state, out)
+    images = _check_images(run)
+    difference = _verify(run, out, images)
+    result = {
+        "schema_version": 1,
+        "out": str(out),
+        "dtype": dtype,
+        "max_difference": difference,
+        "images": len(images),
+        "rounding_loss": loss,
+    }
+    if dtype == "fp32" and not difference <= LARGEST_DIFFERENCE:
+        raise CheckFailedError(
+            f"{out}: merged and adapted logits differ by up to {difference:.1e} on {len(images)} images, more than "
+            f"{LARGEST_DIFFERENCE:.0e}; do not use this folder"
+        )
+    return result
+
+
+def merged_state(run: Run, dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:
+    """The merged classifier's state dict in `dtype`, and how much of ΔW rounding destroyed.
+
+    Sums are made in float64 and rounded once. The loss is ‖(round(W + ΔW) − round(W)) − ΔW‖ / ‖ΔW‖ over all adapted
+    weights: 0 means that every bit of the adapter survived, 1 that nothing did.
+    """
+    base = _frozen_state(run)
+    how = METHODS[run.config.method]
+    tensors = {name: parameter.detach() for name, parameter in run.adapted.adapter.items()}
+    lost, whole = 0.0, 0.0
+    for key, row, delta in how.deltas(tensors, run.adapted.segments, run.config):
+        rows = slice(row, row + len(delta))
+        before = base[key][rows].clone()
+        base[key][rows] = before + delta
+        if delta.dim() == 2:
+            survived = base[key][rows].to(dtype).double() - before.to(dtype).double()
+            lost += float((survived - delta).square().sum())
+            whole += float(delta.square().sum())
+    weight, bias = run.adapted.head.folded()
+    weight_key, bias_key = classifier_keys(run.adapted.backbone)
+    if run.adapted.backbone.projection:
+        bias = bias + weight @ base[bias_key] if bias_key in base else bias
+        weight = weight @ base[weight_key]
+    base[weight_key], base[bias_key] = weight, bias
+    return {k: t.to(dtype) if t.is_floating_point() else t for k, t in base.items()}, (lost / whole) ** 0.5 if whole else 0.0
+
+
+def _frozen_state(run: Run) -> dict[str, Tensor]:
+    """The backbone's own state dict in float64, loaded anew: the run's model has its linears replaced."""
+    state = load_backbone(run.config).module.state_dict()
+    return {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+
+
+def _write(run: Run, state: dict[str, Tensor], out: Path) -> None:
+    """Write the folder under a temporary name and rename it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=runs.TEMPORARY, dir=out.parent) as temporary:
+        folder = Path(temporary) / "model"
+        model = full_model(run.adapted.backbone, len(run.classes))
+        model.load_state_dict(state, strict=True)
+        labels = {"label_names": list(run.classes)}
+        save_for_hf(model, folder, model_config=labels, data_config=run.adapted.backbone.data_config, safe_serialization=True)
+        config = json.loads((folder / "config.json").read_text())
+        for key in ("num_classes", "in_chans"):  # transformers passes these itself and fails on a second one
+            config.get("model_args", {}).pop(key, None)
+        config["pretrained_cfg"]["tag"] = "kadapt"
+        runs.commit(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        runs.commit(folder / "model.safetensors", save({k: t.contiguous() for k, t in state.items()}, {"format": "pt"}))
+        runs.commit(folder / "README.md", _card(run))
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+
+
+def _card(run: Run) -> str:
+    """A short model card."""
+    model = run.info["model"]
+    result = run.path / runs.RESULT
+    test = (json.loads(result.read_text())["metrics"]["test"] or {}) if result.is_file() else {}
+    accuracy = f"Test accuracy {test['accuracy']:.1%}, measured before merging.\n" if test else ""
+    return (
+        f"---\nlibrary_name: timm\npipeline_tag: image-classification\nlicense: {model['license'] or 'other'}\n---\n\n"
+        f"# {model['architecture']} adapted to {len(run.classes)} classes\n\n"
+        f"{model['name']} with a {run.config.method} adapter merged into its weights by kadapt {__version__}.\n{accuracy}\n"
+        "```python\nimport timm\nmodel = timm.create_model('local-dir:THIS_FOLDER', pretrained=True).eval()\n```\n"
+    )
+
+
+def _check_images(run: Run) -> Tensor:
+    """Up to 32 real images as the model takes them: the run's test or training images, or handwritten digits."""
+    try:
+        images: ImageSet = run_images(run.path, run.config.data, run.classes)
+    except DataError:
+        images = open_images("demo")
+    split = next(s for s in ("test", "val", "train") if images.splits[s])
+    transform = make_transform(run.adapted.backbone.data_config, augment="none")
+    dataset = ImageDataset(images, split, transform, seed=0)
+    step = max(1, len(dataset) // CHECKED_IMAGES)
+    return torch.stack([dataset[i][0] for i in range(0, len(dataset), step)][:CHECKED_IMAGES])
+
+
+_FRESH = """
+import sys, timm, torch
+from safetensors.torch import load_file, save_file
+folder, source, target = sys.argv[1:]
+model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+with torch.inference_mode():
+    save_file({"logits": model(load_file(source)["images"])}, target)
+"""
+
+
+def _verify(run: Run, out: Path, images: Tensor) -> float:
+    """The largest difference between the adapted model's logits and those of the folder, loaded in a new process."""
+    labelled = torch.utils.data.TensorDataset(images, torch.zeros(len(images), dtype=torch.long))
+    expected, _ = logits(run.adapted.module(), labelled, torch.device("cpu"))  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "images.safetensors", Path(folder) / "logits.safetensors"
+        save_file({"images": images}, source)
+        command = [sys.executable, "-c", _FRESH, str(out.resolve()), str(source), str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise CheckFailedError(f"{out}: timm cannot load what was written ({last}); do not use this folder")
+        return float((load_file(target)["logits"] - expected).abs().max())

@@ -1,0 +1,183 @@
+"""How good a classifier is on a set of images: the numbers that `kadapt eval` prints, each with a 95 % interval.
+
+accuracy            images whose most probable class is the true one, over all images
+balanced accuracy   mean of the recalls of the classes that have images
+top-5               images whose true class is among the five most probable; None for 5 classes or fewer
+ECE                 Σ_m |B_m| / n · |acc(B_m) − conf(B_m)|: the images are put into 15 bins B_m of equal width by their
+                    top-1 probability, ((m−1)/15, m/15]; acc is the part classified right, conf the mean top-1
+                    probability (expected calibration error; Guo et al., On Calibration of Modern Neural Networks, 2017)
+
+The intervals are percentile bootstrap intervals over images: the images are drawn again with replacement, and the
+2.5th and 97.5th percentile of the statistic are kept. They say how much a number depends on which images were tested,
+not on the training seed. Two limits are inherent: all right or all wrong gives an interval of width zero; and the ECE
+of few images is biased upward, its interval more so (that of a perfectly calibrated model lies above 0).
+
+Equal probabilities: the class that comes first wins, in the top-1 as in the top-5.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import confusion_matrix
+
+ECE_BINS = 15
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value as a fraction in [0, 1] and the ends of its 95 % interval; low <= value <= high."""
+
+    value: float
+    low: float
+    high: float
+
+
+class ClassRecall(NamedTuple):
+    """One class: its name, its number of images, and the part of them classified right (None without images)."""
+
+    name: str
+    n: int
+    recall: Interval | None
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What `evaluate` found. `confusion` is (C, C) int64: rows are the true classes, columns the predicted ones."""
+
+    accuracy: Interval
+    balanced_accuracy: Interval
+    top5: Interval | None
+    ece: Interval
+    per_class: list[ClassRecall]
+    confusion: NDArray[np.int64]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain dicts, lists, numbers and None, ready for `json.dumps`."""
+        return {
+            "accuracy": asdict(self.accuracy),
+            "balanced_accuracy": asdict(self.balanced_accuracy),
+            "top5": asdict(self.top5) if self.top5 else None,
+            "ece": asdict(self.ece),
+            "per_class": [
+                {"name": row.name, "n": row.n, "recall": asdict(row.recall) if row.recall else None}
+                for row in self.per_class
+            ],
+            "confusion": self.confusion.tolist(),
+        }
+
+
+class _Outcomes(NamedTuple):
+    """What each of n images adds to the statistics; every field has shape (n,)."""
+
+    label: NDArray[np.int64]
+    right: NDArray[np.bool_]
+    in_top5: NDArray[np.bool_]
+    bin: NDArray[np.int64]
+    gap: NDArray[np.float64]  # right − top-1 probability
+
+
+def evaluate(
+    probabilities: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    classes: Sequence[str],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Metrics:
+    """Compute every metric and its bootstrap interval.
+
+    The same seed gives the same intervals; the values do not depend on it. Time is O(n · (C + resamples)): under two
+    seconds for 10,000 images of 100 classes.
+
+    Args:
+        probabilities: (n, C), probabilities in [0, 1] (softmax outputs).
+        labels: (n,), indices into `classes`.
+        classes: The C class names.
+        resamples: Bootstrap draws.
+        seed: Seed of the bootstrap draws.
+
+    Raises:
+        ValueError: No images, shapes that do not fit, values that are no probabilities, or labels out of range.
+    """
+    _check(probabilities, labels, classes, resamples)
+    n, n_classes = probabilities.shape
+    outcomes, predicted = _outcomes(probabilities, labels)
+    rng = np.random.default_rng(seed)
+    draws = np.empty((resamples, 4))
+    for i in range(resamples):
+        weights = np.bincount(rng.integers(n, size=n), minlength=n)
+        draws[i] = _statistics(outcomes, weights, n_classes)
+    values = _statistics(outcomes, np.ones(n, dtype=np.int64), n_classes)
+    accuracy, balanced, top5, ece = (_interval(value, draws[:, i]) for i, value in enumerate(values))
+    confusion = np.asarray(confusion_matrix(labels, predicted, labels=range(n_classes)), dtype=np.int64)
+    per_class = _recalls(confusion, classes, resamples, rng)
+    return Metrics(accuracy, balanced, top5 if n_classes > 5 else None, ece, per_class, confusion)
+
+
+def _check(
+    probabilities: NDArray[np.float64], labels: NDArray[np.int64], classes: Sequence[str], resamples: int
+) -> None:
+    if len(labels) == 0:
+        raise ValueError("evaluate: expected at least one image, 0 were given; check the split")
+    expected = (len(labels), len(classes))
+    if probabilities.shape != expected or labels.ndim != 1:
+        raise ValueError(
+            f"evaluate: expected probabilities of shape (images, classes) = {expected}, {probabilities.shape} was given"
+            f" with labels of shape {labels.shape}"
+        )
+    if not (np.isfinite(probabilities).all() and probabilities.min() >= 0 and probabilities.max() <= 1 + 1e-6):
+        raise ValueError(
+            "evaluate: expected probabilities in [0, 1], other numbers were given; apply softmax to logits"
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= len(classes):
+        raise ValueError(
+            f"evaluate: expected integer labels in 0..{len(classes) - 1}, {labels.dtype} labels in"
+            f" {labels.min()}..{labels.max()} were given"
+        )
+    if resamples < 1:
+        raise ValueError(f"evaluate: expected resamples >= 1, {resamples} was given")
+
+
+def _outcomes(p: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[_Outcomes, NDArray[np.int64]]:
+    """What each image adds to the statistics, and the predicted classes (n,)."""
+    predicted = p.argmax(axis=1)
+    confidence = p.max(axis=1)
+    right = predicted == labels
+    of_label = p[np.arange(len(p)), labels][:, None]
+    is_earlier = np.arange(p.shape[1]) < labels[:, None]
+    better = ((p > of_label) | ((p == of_label) & is_earlier)).sum(axis=1)
+    bins = np.digitize(confidence, np.arange(1, ECE_BINS) / ECE_BINS, right=True)
+    return _Outcomes(labels, right, better < 5, bins, right - confidence), predicted
+
+
+def _statistics(images: _Outcomes, weights: NDArray[np.int64], n_classes: int) -> tuple[float, float, float, float]:
+    """Accuracy, balanced accuracy, top-5 and ECE of the images when image i counts weights[i] times."""
+    n = weights.sum()
+    totals = np.bincount(images.label, weights, n_classes)
+    hits = np.bincount(images.label, weights * images.right, n_classes)
+    has_images = totals > 0
+    balanced = (hits[has_images] / totals[has_images]).mean()
+    # Σ over a bin of (right − confidence) is |B_m| · (acc − conf): no need for either mean.
+    ece = np.abs(np.bincount(images.bin, weights * images.gap)).sum() / n
+    return float(hits.sum() / n), float(balanced), float(weights @ images.in_top5 / n), float(ece)
+
+
+def _recalls(
+    confusion: NDArray[np.int64], classes: Sequence[str], resamples: int, rng: np.random.Generator
+) -> list[ClassRecall]:
+    """Recall a class. To draw its n images again with replacement is to draw from Binomial(n, recall)."""
+    rows = []
+    for name, n, right in zip(classes, confusion.sum(axis=1), confusion.diagonal(), strict=True):
+        recall = _interval(right / n, rng.binomial(n, right / n, resamples) / n) if n else None
+        rows.append(ClassRecall(name, int(n), recall))
+    return rows
+
+
+def _interval(value: float, draws: NDArray[np.float64]) -> Interval:
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    # The ECE of a resample is larger on average than that of the images: without min, low may exceed the value.
+    return Interval(float(value), min(float(low), float(value)), max(float(high), float(value)))

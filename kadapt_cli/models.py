@@ -1,0 +1,419 @@
+"""Backbones: load a frozen timm vision transformer, name the row blocks an adapter can sit on, swap a linear layer.
+
+A name becomes a model in three steps. timm builds it on the meta device, which costs no memory and tells its
+configuration and tensor shapes. kadapt finds one safetensors file with its weights: in a folder, in the hub's cache, or
+on the hub. timm then builds the model again with these tensors, converting and resizing them as it does for its own
+downloads, strictly. kadapt opens the file itself, so no pickle is ever read.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import huggingface_hub
+import timm
+import torch
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from kadapt_cli.errors import ModelError
+
+BUNDLED = Path(__file__).parent / "assets" / "vit32"
+HUB_TIMEOUT_S = 5.0
+# Entries of timm's configuration that locate weights, or that describe a classifier which is not kept.
+_DROPPED = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "label_names", "label_descriptions")
+_POSITION_TABLES = ("pos_embed", "relative_position_bias_table")
+# What timm raises for a folder, a configuration or tensors that do not fit together.
+_TIMM_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, OSError)
+# The hub's HTTP library changes with its version; the hub's own error always derives first from that library's base.
+_NETWORK_ERRORS: tuple[type[BaseException], ...] = (OSError, HfHubHTTPError.__bases__[0])
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A row block of one frozen linear layer that can carry an adapter.
+
+    ``start`` and ``stop`` are rows of ``module.weight`` (out_features, in_features); element ``bias_start`` of the
+    tensor ``bias`` (a key of the untouched state dict, None when nothing trainable is added) feeds row ``start``.
+    """
+
+    block: int
+    name: str
+    module: str
+    start: int
+    stop: int
+    in_features: int
+    bias: str | None
+    bias_start: int
+
+
+@dataclass
+class Backbone:
+    """A frozen vision transformer and what is needed to feed, name and rebuild it.
+
+    ``module`` maps (B, 3, H, W) float32 images to (B, feature_dim) features. ``digest`` is the sha256 of its state dict
+    as loaded (see `state_digest`). ``projection`` is true for CLIP towers, whose frozen ``head`` stays in place.
+    """
+
+    module: nn.Module
+    name: str
+    architecture: str
+    tag: str
+    feature_dim: int
+    projection: bool
+    data_config: dict[str, Any]
+    digest: str
+    model_args: dict[str, Any]
+    license: str
+
+
+def load(
+    name: str, *, pretrained: bool = True, weights: Path | None = None, img_size: int | None = None, seed: int = 0
+) -> Backbone:
+    """Load a timm vision transformer in float32 on the CPU, frozen and in eval mode.
+
+    The global random state is left as it was. Costs about three times the model's size in memory.
+
+    Args:
+        name: A timm name with or without a tag, ``local-dir:DIR``, ``hf-hub:REPO``, or the bundled ``vit32``.
+        pretrained: Load the pretrained weights; otherwise, without ``weights``, they are random.
+        weights: A safetensors file with the timm state dict, used instead of the pretrained weights. A classifier in it
+            is left out; position tables of another size are resized when ``img_size`` is given.
+        img_size: Side of the square input in pixels, a multiple of the patch; the model's own when None.
+        seed: Seed of random weights.
+
+    Raises:
+        ModelError: An unknown name, weights that are missing, damaged, not finite or of another shape, a hub that
+            cannot be reached, or an image size that does not fit.
+    """
+    source, folder = _locate(name)
+    reference = _build(name, source, device="meta")
+    config = dict(reference.pretrained_cfg)
+    projection = _is_projection(config)
+    arguments = {key: value for key, value in reference.pretrained_model_args.items() if key != "num_classes"}
+    if img_size is not None:
+        _check_img_size(name, reference, img_size)
+        arguments["img_size"] = img_size
+    state: dict[str, Tensor] | None = None
+    if weights is not None or pretrained:
+        dropped = () if projection else tuple(f"{key}." for key in _classifiers(config))
+        state = _without(_read(weights or _pretrained_file(name, config, folder)), dropped)
+        if weights is not None:
+            _check_fits(weights, state, _without(reference.state_dict(), dropped), resize=img_size is not None)
+    classes = config["num_classes"] if projection else 0
+    clean = {key: value for key, value in config.items() if key not in _DROPPED} | {"num_classes": classes}
+    module = _build(
+        name, config["architecture"], state=state, config=clean, seed=seed, num_classes=classes, **arguments
+    )
+    _check_finite(str(weights or name), module)
+    module.float().requires_grad_(False).eval()
+    resolved = timm.data.resolve_input_data_config(module, {"img_size": img_size})
+    return Backbone(
+        module=module,
+        name=name,
+        architecture=config["architecture"],
+        tag=config.get("tag") or "",
+        feature_dim=module.head.out_features if projection else module.num_features,
+        projection=projection,
+        data_config={key: tuple(value) if isinstance(value, list) else value for key, value in resolved.items()},
+        digest=state_digest(module),
+        model_args=arguments,
+        license=config.get("license") or "",
+    )
+
+
+def segments(model: nn.Module) -> list[Segment]:
+    """Name the q, k and v row blocks of every transformer block, by block, then q, k, v.
+
+    Raises:
+        ModelError: The model has no list ``blocks``, or a block has no attention whose projections are understood.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
+        raise ModelError(
+            f"{_architecture(model)}: has no list of transformer blocks; choose a plain vision transformer"
+        )
+    found = []
+    for index, block in enumerate(blocks):
+        parts = _attention_segments(index, getattr(block, "attn", None))
+        if not parts:
+            raise ModelError(
+                f"{_architecture(model)}: block {index} has no attention with a linear qkv, or q_proj, k_proj and"
+                " v_proj; choose a plain vision transformer"
+            )
+        found += parts
+    return found
+
+
+def replace_linear(model: nn.Module, path: str, make: Callable[[Tensor, Tensor | None], nn.Module]) -> nn.Module:
+    """Put ``make(weight, bias)`` in place of the linear layer at a dotted path, and return it.
+
+    EVA and BEiT attention keeps the biases of q, k and v beside a bias-free ``qkv`` and, as long as it has them,
+    multiplies by ``qkv.weight`` without calling ``qkv``: a wrapper there would do nothing. They are joined into
+    ``bias`` and taken from the attention, which from then on calls the new layer.
+
+    Args:
+        model: The model, changed in place.
+        path: For example ``blocks.0.attn.qkv``.
+        make: Gets the weight (out_features, in_features) and the bias (out_features,) or None.
+
+    Raises:
+        ModelError: There is no plain ``nn.Linear`` at the path, or its parent may apply it by itself.
+    """
+    parent_path, _, leaf = path.rpartition(".")
+    try:
+        parent, linear = model.get_submodule(parent_path), model.get_submodule(path)
+    except AttributeError:
+        raise ModelError(f"{_architecture(model)}: has no module '{path}'; name one of its linear layers") from None
+    if type(linear) is not nn.Linear:
+        kind = type(linear).__name__
+        raise ModelError(f"{_architecture(model)}: '{path}' is a {kind}, not a plain Linear; name another layer")
+    bias: Tensor | None = linear.bias
+    own = _own_biases(parent)
+    if bias is None and own:
+        if leaf != "qkv" or own.keys() != {"q_bias", "k_bias", "v_bias"}:
+            raise ModelError(
+                f"{_architecture(model)}: '{path}' may get its bias from {', '.join(own)}; name another layer"
+            )
+        bias = torch.cat([own["q_bias"], own["k_bias"], own["v_bias"]]).detach()
+    new = make(linear.weight, bias)
+    setattr(parent, leaf, new)
+    if linear.bias is None:
+        for name in own:
+            setattr(parent, name, None)
+    return new
+
+
+def full_model(backbone: Backbone, num_classes: int) -> nn.Module:
+    """The same architecture as a complete timm classifier with random weights, in float32 and train mode."""
+    config = _config(backbone.module) | {"num_classes": num_classes}
+    return cast(
+        nn.Module,
+        timm.create_model(backbone.architecture, pretrained_cfg=config, num_classes=num_classes, **backbone.model_args),
+    )
+
+
+def classifier_keys(backbone: Backbone) -> tuple[str, str]:
+    """State-dict keys of the weight and bias of `full_model`'s classifier; `ModelError` when it has several."""
+    names = _classifiers(_config(backbone.module))
+    if len(names) != 1:
+        raise ModelError(f"{backbone.architecture}: expected one classifier, it has {', '.join(names)}; choose another")
+    return f"{names[0]}.weight", f"{names[0]}.bias"
+
+
+def state_digest(module: nn.Module) -> str:
+    """The sha256 over the state dict, by sorted key: key, dtype, shape and bytes of each tensor."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _locate(name: str) -> tuple[str, Path | None]:
+    """What timm is asked to build, and the folder it comes from when it is no registered name."""
+    prefix, colon, rest = name.partition(":")
+    if name == "vit32":
+        folder = BUNDLED
+    elif prefix == "local-dir" and rest:
+        folder = Path(rest)
+    elif prefix == "hf-hub" and rest:
+        folder = _fetch(rest, "config.json").parent
+    elif colon or "/" in name:
+        raise ModelError(f"{name}: unknown model; give a folder as local-dir:DIR, a hub repository as hf-hub:REPO")
+    else:
+        _check_registered(name)
+        return name, None
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name}: no config.json in {folder}; give a model folder as timm writes it")
+    return f"local-dir:{folder}", folder
+
+
+def _check_registered(name: str) -> None:
+    architecture, _, tag = name.partition(".")
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if timm.is_model(architecture) and (not tag or name in tags):
+        return
+    known = tags if timm.is_model(architecture) else ["vit32", *timm.list_models(), *timm.list_pretrained()]
+    close = difflib.get_close_matches(name, known, n=3) or known[:3]
+    raise ModelError(f"{name}: unknown model; did you mean {', '.join(close)}?")
+
+
+def _build(
+    name: str,
+    source: str,
+    *,
+    device: str = "cpu",
+    state: dict[str, Tensor] | None = None,
+    config: dict[str, Any] | None = None,
+    seed: int = 0,
+    **arguments: Any,
+) -> Any:
+    """timm's model, filled with ``state`` when given; Any, since timm's models carry attributes nn.Module lacks."""
+    if state is not None:
+        config = {**(config or {}), "state_dict": state}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            torch.manual_seed(seed)
+            module = timm.create_model(source, pretrained=state is not None, pretrained_cfg=config, **arguments)
+    except _TIMM_ERRORS as error:
+        raise ModelError(f"{name}: timm cannot build it ({_one_line(error)}); choose another model or size") from None
+    module.pretrained_cfg.pop("state_dict", None)
+    return module
+
+
+def _pretrained_file(name: str, config: dict[str, Any], folder: Path | None) -> Path:
+    """The safetensors file with the pretrained weights, fetched when it is not there yet."""
+    if name.startswith("hf-hub:"):
+        return _fetch(name.removeprefix("hf-hub:"), "model.safetensors")
+    if folder is None and config.get("hf_hub_id"):
+        return _fetch(config["hf_hub_id"], "model.safetensors")
+    if folder is None:
+        raise ModelError(f"{name}: timm knows no safetensors weights for it; pass --weights FILE or --no-pretrained")
+    files = sorted(folder.glob("*.safetensors"))
+    files = [file for file in files if file.name == "model.safetensors"] or files
+    if len(files) != 1:
+        raise ModelError(
+            f"{name}: expected model.safetensors in {folder}, found {len(files)} safetensors files; pickled weights"
+            " (.bin, .pth) are never read, so save them as safetensors or pass --weights FILE"
+        )
+    return files[0]
+
+
+def _fetch(repo: str, filename: str) -> Path:
+    """A file of a hub repository (``owner/name`` or ``owner/name@revision``): from the cache, else downloaded once."""
+    repo, _, branch = repo.partition("@")
+    revision = branch or None
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(repo, filename, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        # hf_hub_download tries an unreachable hub for 20 s; this asks once.
+        url = huggingface_hub.hf_hub_url(repo, filename, revision=revision)
+        huggingface_hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S)
+        return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision))
+    except HFValidationError as error:
+        raise ModelError(f"{repo}: no valid name of a hub repository ({_one_line(error)}); mend it") from None
+    except RemoteEntryNotFoundError:
+        raise ModelError(
+            f"{repo}: has no {filename}, and pickled weights are never read; pass --weights FILE"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"{repo}: not on the hub, or closed to you; check the name or run 'hf auth login'") from None
+    except _NETWORK_ERRORS as error:
+        raise ModelError(
+            f"{repo}: {filename} cannot be fetched ({_one_line(error)}); on a connected machine run 'hf download {repo}"
+            " config.json model.safetensors --local-dir DIR', then give --model local-dir:DIR or"
+            " --weights DIR/model.safetensors"
+        ) from None
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        state: dict[str, Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise ModelError(f"{file}: no whole safetensors file ({_one_line(error)}); no other format is read") from None
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror or error}); give a safetensors file") from None
+    if not state:
+        raise ModelError(f"{file}: holds no tensors; give a safetensors file with the timm state dict")
+    return state
+
+
+def _without(state: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if not key.startswith(prefixes)}
+
+
+def _check_fits(file: Path, state: dict[str, Tensor], own: dict[str, Tensor], *, resize: bool) -> None:
+    """The file has exactly the model's tensors; with ``resize``, timm may resize the position tables."""
+    wrong = [f"{key} (missing)" for key in own if key not in state]
+    wrong += [f"{key} (unexpected)" for key in state if key not in own]
+    for key in own.keys() & state.keys():
+        given, wanted = tuple(state[key].shape), tuple(own[key].shape)
+        if given != wanted and not (resize and key.endswith(_POSITION_TABLES)):
+            wrong.append(f"{key} (shape {given}, expected {wanted})")
+    if wrong:
+        raise ModelError(f"{file}: does not fit the model: {_few(sorted(wrong))}; give weights of this architecture")
+
+
+def _check_finite(name: str, module: nn.Module) -> None:
+    bad = [key for key, value in module.state_dict().items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise ModelError(f"{name}: not every weight is finite in {_few(bad)}; fetch or train them again")
+
+
+def _check_img_size(name: str, reference: Any, img_size: int) -> None:
+    patch = getattr(getattr(reference, "patch_embed", None), "patch_size", None)
+    if patch and img_size % patch[0]:
+        nearest = max(1, round(img_size / patch[0])) * patch[0]
+        raise ModelError(
+            f"{name}: img_size = {img_size} is not a multiple of the patch, {patch[0]} pixels; give {nearest}"
+        )
+
+
+def _is_projection(config: dict[str, Any]) -> bool:
+    """Whether timm's ``head`` is a CLIP tower's projection and not a classifier that somebody trained."""
+    own = timm.get_pretrained_cfg(config["architecture"])
+    if own is None or "_clip" not in config["architecture"] or config.get("label_names"):
+        return False
+    tags = f"{config.get('tag') or ''}_{own.tag or ''}".split("_")
+    return "ft" not in tags and own.num_classes == config["num_classes"]
+
+
+def _classifiers(config: dict[str, Any]) -> tuple[str, ...]:
+    names = config.get("classifier") or "head"
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _attention_segments(block: int, attention: nn.Module | None) -> list[Segment]:
+    """The segments of one attention, or none when it is not understood."""
+    qkv = getattr(attention, "qkv", None)
+    if type(qkv) is nn.Linear:
+        rows = qkv.out_features // 3
+        places = [(name, "qkv", qkv, index * rows, rows) for index, name in enumerate("qkv")]
+    else:
+        layers = [(name, f"{name}_proj", getattr(attention, f"{name}_proj", None)) for name in "qkv"]
+        places = [
+            (name, leaf, layer, 0, layer.out_features) for name, leaf, layer in layers if type(layer) is nn.Linear
+        ]
+    if attention is None or len(places) != 3:
+        return []
+    path, own, found = f"blocks.{block}.attn", _own_biases(attention), []
+    for name, leaf, layer, start, rows in places:
+        bias, bias_start = (f"{path}.{leaf}.bias", start) if layer.bias is not None else (None, 0)
+        if isinstance(own.get(f"{name}_bias"), nn.Parameter):
+            bias = f"{path}.{name}_bias"
+        found.append(Segment(block, name, f"{path}.{leaf}", start, start + rows, layer.in_features, bias, bias_start))
+    return found
+
+
+def _own_biases(module: nn.Module) -> dict[str, Tensor]:
+    """Bias tensors a module keeps beside its layers, by name: a layer without a bias may get its own from here."""
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return {name: tensor for name, tensor in tensors if name.endswith("_bias")}
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    return cast(dict[str, Any], getattr(model, "pretrained_cfg", {}))
+
+
+def _architecture(model: nn.Module) -> str:
+    return str(_config(model).get("architecture", type(model).__name__))
+
+
+def _few(items: list[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,91 @@
+"""`kadapt predict`: the most probable classes of images, in the order given."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kadapt_cli.data import IMAGE_SUFFIXES, make_transform, read_image
+from kadapt_cli.errors import DataError, UsageError
+from kadapt_cli.evaluate import choose_device, logits, open_run, probabilities
+
+
+class _Files(Dataset[tuple[Tensor, int]]):
+    """Image files as tensors, in order; the label is always 0."""
+
+    def __init__(self, paths: Sequence[Path], transform: Any) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(read_image(self.paths[index])), 0
+
+
+def predict(
+    path: Path, images: Sequence[Path], *, top: int, device: str, skip_bad: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Classify files and folders with a run.
+
+    Args:
+        path: The run folder.
+        images: Files, and folders of which every image below is taken, in the order of their paths.
+        top: How many classes to give an image, at most all.
+        device: 'auto', 'cpu' or 'cuda'.
+        skip_bad: Leave out images that cannot be read instead of stopping.
+
+    Returns:
+        [{"path", "classes": [{"name", "probability"}]}] in the order given, and what was wrong with those left out.
+
+    Raises:
+        DataError: A path that does not exist, a folder without images, images that cannot be read.
+        UsageError: `top` below 1.
+    """
+    if top < 1:
+        raise UsageError(f"--top: expected 1 or more, but {top} was given")
+    run = open_run(path)
+    files = [file for image in images for file in _files(image)]
+    good, bad = _readable(files)
+    if bad and not skip_bad:
+        raise DataError(f"{len(bad)} of {len(files)} images cannot be used: {'; '.join(bad[:5])}; pass --skip-bad to leave them out")
+    if not good:
+        raise DataError("no image is left to classify")
+    chosen = choose_device(device)
+    transform = make_transform(run.adapted.backbone.data_config, augment="none")
+    values, _ = logits(run.adapted.module().to(chosen), _Files(good, transform), chosen)
+    best = torch.from_numpy(probabilities(values)).topk(min(top, len(run.classes)))
+    return [
+        {
+            "path": str(file),
+            "classes": [
+                {"name": run.classes[int(c)], "probability": float(p)} for p, c in zip(ps, cs, strict=True)
+            ],
+        }
+        for file, ps, cs in zip(good, best.values, best.indices, strict=True)
+    ], bad
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or all images below a folder but hidden ones, by path; links to folders are not followed."""
+    if not path.is_dir():
+        return [path]
+    below = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    found = sorted(f for f in below if not any(part.startswith(".") for part in f.relative_to(path).parts))
+    if not found:
+        raise DataError(f"{path}: holds no images; give image files or folders of them")
+    return found
+
+
+def _readable(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    good, bad = [], []
+    for file in files:
+        try:
+            read_image(file)
+            good.append(file)
+        except DataError as error:
+            bad.append(str(error))
+    return good, bad

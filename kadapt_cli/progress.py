@@ -1,0 +1,103 @@
+"""What a user sees while a run trains: a live display on a terminal, plain lines elsewhere. All of it on stderr."""
+
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class Display:
+    """Progress of one training run on a rich console; methods may be called at any time, in any order."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.console = console
+        self.quiet = quiet
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._seen = 0
+        self._started = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        """Print one line above the live display."""
+        if not self.quiet:
+            self.console.print(escape(line), highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def training(self, epochs: int, images: int) -> Iterator[None]:
+        """Show a bar over epochs × images for the duration, on a terminal only."""
+        if self.quiet or not self.console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
+            BarColumn(),
+            TextColumn("{task.fields[speed]:.0f} images/s"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            self._progress = progress
+            self._task = progress.add_task("", total=epochs * images, epoch=1, speed=0.0)
+            self._images, self._seen, self._started = images, 0, time.perf_counter()
+            yield
+        self._progress = None
+
+    def step(self, epoch: int, done: int, images: int) -> None:
+        """Note `images` more, `done` in this epoch (from 0)."""
+        if self._progress is None or self._task is None:
+            return
+        self._seen += images
+        speed = self._seen / (time.perf_counter() - self._started)
+        self._progress.update(self._task, completed=epoch * self._images + done, epoch=epoch + 1, speed=speed)
+
+    def epoch(self, row: dict[str, Any], epochs: int, *, best: bool) -> None:
+        """Print a finished epoch: loss, validation accuracy, speed, time left."""
+        left = (epochs - row["epoch"]) * row["time_s"]
+        validation = ""
+        if row["val_accuracy"] is not None:
+            validation = f"  val loss {row['val_loss']:.3f}  val accuracy {row['val_accuracy']:6.1%}"
+        self.say(
+            f"epoch {row['epoch']:>3}/{epochs}  loss {row['train_loss']:.3f}{validation}  "
+            f"{row['images_per_s']:.0f} images/s  {duration(left)} left{'  best' if best else ''}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 12 s, 3 min 20 s or 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def show_result(result: dict[str, Any], console: Console) -> None:
+    """Print what training, or its dry run, came to, and what to type next."""
+
+    def line(name: str, words: str) -> None:
+        console.print(f"{name:<12}{escape(words)}", soft_wrap=True, highlight=False)
+
+    data, counts = result["data"], result["parameters"]
+    line("data", f"{data['name']}: {data['classes']} classes, {data['train']} train, {data['val']} val, {data['test']} test")
+    line("model", f"{result['model']}, {counts['backbone']:,} frozen parameters, on {result['device']}")
+    line("trained", f"{counts['trainable']:,} parameters: {result['method']} {counts['adapter']:,}, head {counts['head']:,}")
+    if "metrics" not in result:
+        line("memory", f"about {result['memory_estimate_bytes'] / 2**20:,.0f} MiB for model, optimizer and activations")
+        line("run", f"{result['run']} (dry run: nothing was written)")
+        return
+    for split, found in result["metrics"].items():
+        if found:
+            words = f"accuracy {found['accuracy']:.1%}, balanced {found['balanced_accuracy']:.1%}"
+            line(split, words + (f" (best of {result['epochs']} epochs: {result['best_epoch']})" if split == "val" else ""))
+    line("time", f"{duration(result['time_s'])} of training, {result['images_per_s']:.0f} images/s, "
+                 f"peak memory {result['peak_bytes'] / 2**20:,.0f} MiB")
+    line("run", result["run"])
+    run = shlex.quote(result["run"])
+    console.print("\nnext:")
+    for command in (f"eval {run}", f"predict {run} IMAGE…", f"merge-weights {run} --out {run}-merged"):
+        console.print(f"  kadapt {command}", soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,544 @@
+"""`kadapt train`: prepare data and model, fit adapter and head, keep the best epoch, measure it.
+
+The loop is deterministic on a CPU: the order of images, their augmentation and the learning rate depend on the seed, the
+epoch and the step alone, and everything else that a step reads is in the state file. A run that is killed at any moment
+and resumed ends with the same adapter as one that was not.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from kadapt_cli import __version__, metrics, report, runs
+from kadapt_cli.adapters import Adapted, adapt
+from kadapt_cli.config import TrainConfig, read_toml, resolve, to_toml
+from kadapt_cli.data import ImageDataset, ImageSet, epoch_order, make_transform, manifest_csv, open_images
+from kadapt_cli.errors import DivergedError, InterruptedRunError, KadaptError, MachineError, ModelError, UsageError
+from kadapt_cli.evaluate import choose_device, fill, load_backbone, logits, probabilities, run_images, tensors_of
+from kadapt_cli.progress import Display
+
+SCHEMA_VERSION = 1
+SEEDED_WORKERS = 4
+CHECK_EVERY = 16  # steps between looks at the loss on a GPU, where each look waits for it
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Session:
+    """A training run in memory. `step` counts finished optimizer steps, `epoch` finished epochs."""
+
+    config: TrainConfig
+    out: Path
+    images: ImageSet
+    adapted: Adapted
+    device: torch.device
+    dtype: torch.dtype
+    train: ImageDataset
+    val: ImageDataset | None
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    live: dict[str, Tensor]
+    sums: Tensor  # of the current epoch: loss · images, right, images; float64
+    micro: int
+    epoch: int = 0
+    step: int = 0
+    history: list[Row] = field(default_factory=list)
+    best: tuple[float, float] | None = None
+    best_epoch: int = 0
+    stop: str = ""
+    epoch_time_s: float = 0.0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train) / self.config.batch_size)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train: all epochs are done, or validation has stopped improving."""
+        stale = self.val is not None and self.epoch - self.best_epoch >= self.config.patience
+        return self.epoch >= self.config.epochs or stale
+
+
+def train(config: TrainConfig, out: Path, *, resume: bool, display: Display) -> Row:
+    """Train as configured into the run folder `out` and return the result, as result.json holds it.
+
+    Raises:
+        KadaptError: Anything the user can mend; the folder then holds the last good state.
+    """
+    runs.claim(out, resume=resume)
+    if resume:
+        config = _resumed_config(config, out)
+    session = prepare(config, out, display, resume=resume)
+    with runs.writing(out):
+        if resume:
+            _restore(session)
+            display.say(f"resumed {out} after {session.epoch} epochs, {session.step} steps")
+        else:
+            runs.commit(out / runs.CONFIG, to_toml(config))
+            runs.commit(out / runs.MANIFEST, manifest_csv(session.images))
+            _standardise(session)
+            _save_state(session)
+        fit(session, display)
+        return _finish(session, display)
+
+
+def dry_run(config: TrainConfig, out: Path, display: Display) -> Row:
+    """What `train` would do: classes, counts, parameters, memory; writes nothing."""
+    runs.claim(out, resume=False)
+    session = prepare(config, out, display)
+    return _summary(session) | {"memory_estimate_bytes": estimate_memory(session)}
+
+
+def prepare(config: TrainConfig, out: Path, display: Display, *, resume: bool = False) -> Session:
+    """Scan the data (to resume: the run's own images), build and adapt the model, move it to the device."""
+    device = choose_device(config.device)
+    dtype = _precision(config.precision, device)
+    display.say(f"reading {config.data}")
+    if resume:
+        images = run_images(out, config.data, runs.load_tensors(out / runs.STATE, "state")[1]["classes"])
+    else:
+        images = open_images(
+            config.data, shots=config.shots, seed=config.seed, val=config.val, skip_bad=config.skip_bad
+        )
+    for note in images.notes:
+        display.say(f"note: {note}")
+    if not config.pretrained and config.weights is None:
+        display.say("WARNING: the backbone has RANDOM weights (--no-pretrained); its accuracy means nothing")
+    backbone = load_backbone(config)
+    adapted = adapt(backbone, config, len(images.classes))
+    module = adapted.module().to(device)
+    if dtype != torch.float32:
+        _cast_frozen(module, dtype)
+    parameters = adapted.parameters()
+    data_config = backbone.data_config
+    evaluation = make_transform(data_config, augment="none")
+    augmented = make_transform(data_config, augment=config.augment)
+    return Session(
+        config=config,
+        out=out,
+        images=images,
+        adapted=adapted,
+        device=device,
+        dtype=dtype,
+        train=ImageDataset(images, "train", augmented, seed=config.seed),
+        val=ImageDataset(images, "val", evaluation, seed=config.seed) if images.splits["val"] else None,
+        module=module,
+        parameters=parameters,
+        optimizer=_optimizer(parameters, config),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        live={name: torch.zeros_like(p, dtype=torch.bool) for name, p in parameters.items()},
+        sums=torch.zeros(3, dtype=torch.float64, device=device),
+        micro=config.micro_batch or config.batch_size,
+    )
+
+
+def fit(session: Session, display: Display) -> None:
+    """Train until all epochs are done, validation stops improving, or the user interrupts."""
+    with _signals(session, display), display.training(session.config.epochs, len(session.train)):
+        while not session.finished:
+            _run_epoch(session, display)
+            _end_epoch(session, display)
+
+
+def _run_epoch(session: Session, display: Display) -> None:
+    config = session.config
+    session.train.set_epoch(session.epoch)
+    order = epoch_order(len(session.train), config.seed, session.epoch)
+    batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+    done = session.step - session.epoch * session.steps_per_epoch
+    started = saved = time.perf_counter()
+    for images, labels in _loader(session, batches[done:]):
+        _step(session, images.to(session.device), labels.to(session.device), display)
+        now = time.perf_counter()
+        session.epoch_time_s, started = session.epoch_time_s + now - started, now
+        done += 1
+        display.step(session.epoch, min(done * config.batch_size, len(order)), len(labels))
+        if session.device.type == "cpu" or session.step % CHECK_EVERY == 0:
+            _check_finite(session)
+        if session.stop or now - saved >= config.save_every:
+            _check_finite(session)
+            _save_state(session)
+            saved = now
+        if session.stop:
+            raise InterruptedRunError(
+                f"{session.stop}: saved after {session.step} steps; go on with: "
+                f"kadapt train --out {session.out} --resume",
+                143 if session.stop == "SIGTERM" else 130,
+            )
+
+
+def _step(session: Session, images: Tensor, labels: Tensor, display: Display) -> None:
+    """One optimizer step on a batch, in micro-batches that are halved whenever memory runs out."""
+    for group in session.optimizer.param_groups:
+        group["lr"] = learning_rate(session.step, session)
+    while True:
+        try:
+            loss, right = _gradients(session, images, labels)
+            break
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        if session.micro == 1:
+            raise MachineError("out of memory with one image at a time; use a smaller --model or --img-size")
+        session.micro = math.ceil(min(session.micro, len(labels)) / 2)
+        if session.device.type == "cuda":
+            torch.cuda.empty_cache()
+        display.say(f"out of memory: now {session.micro} images at a time, still {session.config.batch_size} a step")
+    session.scaler.unscale_(session.optimizer)
+    for name, parameter in session.parameters.items():
+        assert parameter.grad is not None
+        session.live[name] |= parameter.grad != 0
+    session.scaler.step(session.optimizer)
+    session.scaler.update()
+    session.step += 1
+    session.sums += torch.stack([loss * len(labels), right, right.new_tensor(len(labels))]).to(session.sums)
+
+
+def _gradients(session: Session, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Accumulate the batch's mean gradient; returns its mean loss and the number classified right."""
+    session.optimizer.zero_grad(set_to_none=True)
+    total, right = torch.zeros((), device=session.device), torch.zeros((), device=session.device)
+    for x, y in zip(images.split(session.micro), labels.split(session.micro), strict=True):
+        with torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
+            values = session.module(x)
+        loss = F.cross_entropy(values.float(), y, reduction="sum") / len(labels)
+        session.scaler.scale(loss).backward()
+        total += loss.detach()
+        right += (values.argmax(1) == y).sum()
+    return total, right
+
+
+def _end_epoch(session: Session, display: Display) -> None:
+    """Validate, note the epoch, keep it if it is the best so far, save."""
+    _check_finite(session)
+    loss, right, seen = session.sums.tolist()
+    row: Row = {
+        "epoch": session.epoch + 1,
+        "step": session.step,
+        "lr": learning_rate(session.step - 1, session),
+        "train_loss": loss / seen,
+        "train_accuracy": right / seen,
+        "val_loss": None,
+        "val_accuracy": None,
+        "images_per_s": seen / session.epoch_time_s,
+        "time_s": session.epoch_time_s,
+    }
+    if session.val is not None:
+        values, labels = logits(session.module, session.val, session.device, session.dtype)
+        row["val_loss"] = F.cross_entropy(values, labels).item()
+        row["val_accuracy"] = (values.argmax(1) == labels).double().mean().item()
+    session.epoch += 1
+    session.epoch_time_s = 0.0
+    session.sums.zero_()
+    session.history.append(row)
+    if session.step >= 2 and len(session.history) <= 2:
+        check_live(session.live)
+    key = (row["val_accuracy"], -row["val_loss"]) if session.val is not None else None
+    if key is None or session.best is None or key > session.best:
+        session.best, session.best_epoch = key, session.epoch
+        _save_adapter(session)
+    _save_state(session)
+    runs.commit(session.out / runs.METRICS, metrics_csv(session.history))
+    display.epoch(row, session.config.epochs, best=session.val is not None and session.best_epoch == session.epoch)
+
+
+def metrics_csv(history: list[Row]) -> str:
+    """A row per epoch; what was not measured is empty."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue()
+
+
+def check_live(live: dict[str, Tensor]) -> None:
+    """Raise `KadaptError` naming the trainable tensors that have not had a non-zero gradient yet."""
+    dead = [name for name, mask in live.items() if not mask.any()]
+    if dead:
+        raise KadaptError(
+            f"{len(dead)} of {len(live)} trainable tensors never received a gradient ({', '.join(dead[:3])}"
+            f"{', …' if len(dead) > 3 else ''}): this model does not use the layers they sit on; choose other --targets"
+        )
+
+
+def learning_rate(step: int, session: Session) -> float:
+    """The rate of optimizer step `step` (from 0): a linear rise over the warm-up, then half a cosine to near 0."""
+    config = session.config
+    total = config.epochs * session.steps_per_epoch
+    warmup = math.ceil(config.warmup * total)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def estimate_memory(session: Session) -> int:
+    """Bytes that training needs on its device: model, optimizer and the activations kept for a micro-batch.
+
+    Measured, not modelled: what one image keeps for the backward pass, times the micro-batch.
+    """
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    height, width = session.adapted.backbone.data_config["input_size"][1:]
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32),
+    ):
+        output = session.module(torch.zeros(1, 3, height, width, device=session.device))
+    state = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in session.module.state_dict().values()}
+    activations = sum(size for pointer, size in kept.items() if pointer not in state)
+    del output
+    trainable = sum(p.numel() * p.element_size() for p in session.parameters.values())
+    return sum(state.values()) + 3 * trainable + activations * min(session.micro, len(session.train))
+
+
+def _precision(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keep frozen weight matrices in the compute dtype once, instead of casting them in every step."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad and parameter.dim() >= 2:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over named tensors; biases are not decayed."""
+    decayed = [p for name, p in parameters.items() if "bias" not in name]
+    free = [p for name, p in parameters.items() if "bias" in name]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr)
+
+
+def _loader(session: Session, batches: list[list[int]]) -> DataLoader[tuple[Tensor, int]]:
+    on_gpu = session.device.type == "cuda"
+    dataset: Dataset[tuple[Tensor, int]] = session.train
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=min(SEEDED_WORKERS, os.cpu_count() or 1) if on_gpu else 0,
+        pin_memory=on_gpu,
+        generator=torch.Generator(),  # of its own, so that starting a loader leaves the global one alone
+    )
+
+
+def _standardise(session: Session) -> None:
+    """Set the head's constants to mean and standard deviation of the training features, and its weight to class means."""
+    transform = make_transform(session.adapted.backbone.data_config, augment="none")
+    plain = ImageDataset(session.images, "train", transform, seed=session.config.seed)
+    features, labels = logits(session.adapted.backbone.module, plain, session.device, session.dtype)
+    session.adapted.head.start(features, labels)
+
+
+def _check_finite(session: Session) -> None:
+    if not bool(session.sums[0].isfinite()):
+        lr = learning_rate(max(session.step - 1, 0), session)
+        raise DivergedError(
+            f"{session.out}: the loss is not finite at step {session.step} with learning rate {lr:.2g}; "
+            f"try --lr {session.config.lr / 4:.2g}. The last good state is kept"
+        )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def _signals(session: Session, display: Display) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends the step, saves and stops; the second ends the process at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if session.stop:
+            os._exit(130 if number == signal.SIGINT else 143)
+        session.stop = signal.Signals(number).name
+        display.say(f"{session.stop}: saving; once more to quit at once")
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _resumed_config(config: TrainConfig, out: Path) -> TrainConfig:
+    """The run's own configuration; `UsageError` when an option given now differs from it."""
+    stored = resolve(read_toml(out / runs.CONFIG))
+    for name in config.model_fields_set:
+        if getattr(config, name) != getattr(stored, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')}: {out} was started with {getattr(stored, name)!r}, but "
+                f"{getattr(config, name)!r} was given; leave it out, or start a new run"
+            )
+    return stored
+
+
+def _describe(session: Session) -> Row:
+    """What adapter.safetensors and adapter.json say of the adapter."""
+    backbone = session.adapted.backbone
+    return {
+        "versions": {"kadapt": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        "method": session.config.method,
+        "model": {
+            "name": backbone.name,
+            "architecture": backbone.architecture,
+            "tag": backbone.tag,
+            "digest": backbone.digest,
+            "license": backbone.license,
+        },
+        "modules": [
+            {"module": s.module, "segment": s.name, "rows": [s.start, s.stop]} for s in session.adapted.segments
+        ],
+        "tensors": {
+            name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+            for name, t in tensors_of(session.adapted).items()
+        },
+        "classes": list(session.images.classes),
+        "data_config": {k: list(v) if isinstance(v, tuple) else v for k, v in backbone.data_config.items()},
+        "config": {k: list(v) if isinstance(v, tuple) else v for k, v in session.config.model_dump().items()},
+    }
+
+
+def _save_adapter(session: Session) -> None:
+    info = runs.save_tensors(
+        session.out / runs.ADAPTER, "adapter", tensors_of(session.adapted), _describe(session) | {"epoch": session.epoch}
+    )
+    runs.commit(session.out / runs.ADAPTER_INFO, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+
+
+def _save_state(session: Session) -> None:
+    """Commit all that the next step reads."""
+    tensors = {f"model.{name}": tensor for name, tensor in tensors_of(session.adapted).items()}
+    for name, parameter in session.parameters.items():
+        tensors[f"live.{name}"] = session.live[name]
+        for key, value in session.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    tensors |= {"rng": torch.get_rng_state(), "sums": session.sums}
+    info = {
+        "epoch": session.epoch,
+        "step": session.step,
+        "history": session.history,
+        "best": session.best,
+        "best_epoch": session.best_epoch,
+        "micro": session.micro,
+        "epoch_time_s": session.epoch_time_s,
+        "scaler": session.scaler.state_dict(),
+        "base_digest": session.adapted.backbone.digest,
+        "classes": list(session.images.classes),
+    }
+    runs.save_tensors(session.out / runs.STATE, "state", tensors, info)
+
+
+def _restore(session: Session) -> None:
+    """Take a session back to its last committed state."""
+    path = session.out / runs.STATE
+    tensors, info = runs.load_tensors(path, "state")
+    if info["base_digest"] != session.adapted.backbone.digest:
+        raise ModelError(f"{path}: the weights of {session.config.model} differ from those the run was started on")
+    model = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    fill(session.adapted, model, path)
+    for name, parameter in session.parameters.items():
+        session.live[name].copy_(tensors[f"live.{name}"])
+        moments = {
+            key: tensors[f"optimizer.{key}.{name}"].to("cpu" if key == "step" else parameter.device)
+            for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"optimizer.{key}.{name}" in tensors
+        }
+        if moments:
+            session.optimizer.state[parameter] = moments
+    torch.set_rng_state(tensors["rng"])
+    session.sums.copy_(tensors["sums"])
+    session.epoch, session.step, session.history = info["epoch"], info["step"], info["history"]
+    session.best = tuple(info["best"]) if info["best"] else None
+    session.best_epoch, session.micro, session.epoch_time_s = info["best_epoch"], info["micro"], info["epoch_time_s"]
+    session.scaler.load_state_dict(info["scaler"])
+
+
+def _summary(session: Session) -> Row:
+    splits = session.images.splits
+    adapter = sum(p.numel() for p in session.adapted.adapter.values())
+    head = sum(p.numel() for p in session.adapted.head.parameters())
+    frozen = sum(p.numel() for p in session.module.parameters() if not p.requires_grad)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run": str(session.out),
+        "method": session.config.method,
+        "model": session.config.model,
+        "data": {"name": session.images.name, "classes": len(session.images.classes)}
+        | {split: len(splits[split]) for split in ("train", "val", "test")},
+        "parameters": {"backbone": frozen, "trainable": adapter + head, "adapter": adapter, "head": head},
+        "device": _device_name(session.device),
+    }
+
+
+def _finish(session: Session, display: Display) -> Row:
+    """Measure the kept epoch as a reader of the run would, and write the result."""
+    tensors, info = runs.load_tensors(session.out / runs.ADAPTER, "adapter")
+    fill(session.adapted, tensors, session.out / runs.ADAPTER)
+    measured: Row = {}
+    transform = make_transform(session.adapted.backbone.data_config, augment="none")
+    for split in ("val", "test"):
+        if session.images.splits[split]:
+            display.say(f"measuring epoch {info['epoch']} on {len(session.images.splits[split])} {split} images")
+            dataset = ImageDataset(session.images, split, transform, seed=session.config.seed)
+            values, labels = logits(session.module, dataset, session.device, session.dtype)
+            found = metrics.evaluate(probabilities(values), labels.numpy(), session.images.classes)
+            measured[split] = {"accuracy": found.accuracy.value, "balanced_accuracy": found.balanced_accuracy.value}
+            confusion = report.confusion_csv(found.confusion, session.images.classes)
+    if measured:
+        runs.commit(session.out / runs.CONFUSION, confusion)
+    title = f"{session.images.name}: {session.config.method} on {session.config.model}"
+    runs.commit(session.out / runs.CURVES, report.curves_svg(session.history, title))
+    result = _summary(session)
+    result["parameters"]["live"] = int(sum(mask.sum() for mask in session.live.values()))
+    time_s = sum(row["time_s"] for row in session.history)
+    seen = len(session.train) * len(session.history)
+    result |= {
+        "metrics": {"val": None, "test": None} | measured,
+        "epochs": len(session.history),
+        "best_epoch": info["epoch"],
+        "time_s": time_s,
+        "images_per_s": seen / time_s,
+        "peak_bytes": _peak_bytes(session.device),
+        "micro_batch": session.micro,
+    }
+    runs.commit(session.out / runs.RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    return result
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Largest memory in use so far: allocated on the GPU, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
