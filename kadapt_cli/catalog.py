@@ -29,13 +29,14 @@ class NamedSet:
     """A named set before any draw.
 
     ``entries`` gives (path, label) for "train" and, where the set has them, "val" and "test". ``tables`` gives, for the
-    part of a path before its number, a sequence of (picture, label).
+    part of a path before its number, a sequence of (picture, label). Validation serves as test where there is no test.
     """
 
     name: str
     classes: tuple[str, ...]
     entries: dict[str, list[tuple[str, int]]]
     tables: dict[str, Any] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
 
     def picture(self, path: str) -> Image.Image | BinaryIO:
         """The picture of one path: a PIL image in any mode, or an open file with its bytes."""
@@ -88,59 +89,65 @@ def _timm_set(source: str, cache_bytes: int) -> NamedSet:
     prefix = prefix.lower()
     if prefix == "torch" and rest.lower() in ("folder", "image_folder"):
         raise DataError(f"{source}: a folder of classes is given by its own path, not as a named set")
-    splits = {"train": _open_split(source, "train")}
-    if prefix == "torch":
-        test = "test" if rest.lower() in TRAIN_AND_TEST else "val"
-        splits["test"] = _open_split(source, test)
-    else:
-        splits |= _optional_splits(source)
-    reader = splits["train"]
-    names = _class_names(reader)
-    entries, tables = {}, {}
-    for split, dataset in splits.items():
-        table = f"{source}/{split}"
-        tables[table] = _table(dataset, source, cache_bytes)
-        entries[split] = [(f"{table}/{i}", label) for i, label in enumerate(_labels(dataset, tables[table]))]
-    if names is None:
-        values = sorted({label for rows in entries.values() for _, label in rows})
-        places = {value: place for place, value in enumerate(values)}
-        entries = {split: [(path, places[label]) for path, label in rows] for split, rows in entries.items()}
-        names = tuple(str(value) for value in values)
-    return NamedSet(rest.rstrip("/").rsplit("/", 1)[-1].lower(), names, entries, tables)
+    with _reaching(source):
+        splits = {"train": _create(source, "train")}
+        if prefix == "torch":
+            splits["test"] = _create(source, "test" if rest.lower() in TRAIN_AND_TEST else "val")
+        else:
+            splits |= _optional_splits(source)
+        tables = {f"{source}/{split}": _table(dataset, source, cache_bytes) for split, dataset in splits.items()}
+        labels = {split: _labels(dataset, tables[f"{source}/{split}"]) for split, dataset in splits.items()}
+    names = _class_names(splits["train"])
+    values = sorted(set(labels["train"])) if names is None else list(range(len(names)))
+    places = {value: place for place, value in enumerate(values)}
+    entries: dict[str, list[tuple[str, int]]] = {}
+    notes = []
+    for split, found in labels.items():
+        strange = [label for label in found if label not in places]
+        if not strange:
+            entries[split] = [(f"{source}/{split}/{index}", places[label]) for index, label in enumerate(found)]
+        elif split == "train":
+            raise DataError(f"{source}: label {strange[0]} has no class name; choose a set made for classification")
+        else:
+            notes.append(f"the {split} split has labels that are no class ({strange[0]}) and was ignored")
+    if "test" not in entries and "val" in entries:
+        entries["test"] = entries.pop("val")
+    classes = names or tuple(str(value) for value in values)
+    return NamedSet(rest.rstrip("/").rsplit("/", 1)[-1].lower(), classes, entries, tables, notes)
 
 
-def _open_split(source: str, split: str) -> Any:
-    """One split through timm; `DataError` in one line when it cannot be had."""
-    root = data_root()
+@contextlib.contextmanager
+def _reaching(source: str) -> Iterator[None]:
+    """Turn what readers raise into one line that says what was tried and how to do it without a connection."""
     try:
-        return _create(source, split, root)
+        # Readers print their download progress; stdout belongs to the result of the command.
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     except UNREACHABLE as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(
-            f"{source}: the {split} split could not be opened under {root} ({reason}); connect and try again, or open "
-            "it on a connected machine and set KADAPT_DATA to a copy of that folder, or give a folder of images"
+            f"{source}: could not be opened under {data_root()} ({reason}); connect and try again, or open it on a "
+            "connected machine and set KADAPT_DATA to a copy of that folder, or give a folder of images"
         ) from None
 
 
-def _create(source: str, split: str, root: Path) -> Any:
-    # Readers print their download progress; stdout belongs to the result of the command.
-    with contextlib.redirect_stdout(sys.stderr):
-        from timm.data import create_dataset
+def _create(source: str, split: str) -> Any:
+    """One split as timm's dataset, which raises one of `UNREACHABLE` when it cannot be had."""
+    from timm.data import create_dataset
 
-        place = root / source.split("/", 1)[1] if source.lower().startswith("wds/") else root
-        return create_dataset(source, root=str(place), split=split, download=True, input_img_mode=None)
+    # A web dataset is found by its folder, all others by their name below the root.
+    root = data_root() / source.split("/", 1)[1] if source.lower().startswith("wds/") else data_root()
+    return create_dataset(source, root=str(root), split=split, download=True, input_img_mode=None)
 
 
 def _optional_splits(source: str) -> dict[str, Any]:
-    """The validation and test splits of a hub set; validation serves as test where there is no test split."""
+    """The validation and test splits of a set, where it has them."""
     found: dict[str, Any] = {}
     for ours, theirs in (("val", ("validation", "val", "valid")), ("test", ("test",))):
         for split in theirs:
             if ours not in found:
                 with contextlib.suppress(*NO_SUCH_SPLIT):
-                    found[ours] = _create(source, split, data_root())
-    if "test" not in found and "val" in found:
-        found["test"] = found.pop("val")
+                    found[ours] = _create(source, split)
     return found
 
 

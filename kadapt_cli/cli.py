@@ -33,6 +33,8 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder m
 
 def main() -> None:
     """Run the command line; a `KadaptError` is one line on stderr and its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr] # a class name must not end a run on LANG=C
     try:
         app()
     except KadaptError as error:
@@ -146,7 +148,7 @@ def evaluate(
 
     console = Console()
     for table in (report.metrics_table(found), report.per_class_table(found), report.confusion_table(found)):
-        console.print(table)
+        console.print(table, "")
 
 
 @app.command()

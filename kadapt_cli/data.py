@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,7 +32,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from kadapt_cli.catalog import NamedSet, is_named, open_named
 from kadapt_cli.errors import DataError, UsageError
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # MPO, several JPEGs in one file, comes with JPEG
 # Files with these endings are images; those in a format that is not read are refused by name rather than passed by.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm",
@@ -43,7 +44,7 @@ MAX_FILE_BYTES = 1 << 30
 # What Pillow raises on damaged files of these formats.
 DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, MemoryError,
-    AttributeError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
+    struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
 SPLITS = ("train", "val", "test")
@@ -217,8 +218,10 @@ class _Found:
 
     def follows(self, entry: os.DirEntry[str]) -> bool:
         """Links are followed to files inside the root only: never to a folder, so that no loop can occur."""
+        if not entry.is_symlink():
+            return True
         inside = Path(os.path.realpath(entry.path)).is_relative_to(self.real)
-        return not entry.is_symlink() or (inside and not os.path.isdir(entry.path))
+        return inside and not os.path.isdir(entry.path)
 
     def is_image(self, entry: os.DirEntry[str]) -> bool:
         is_file = entry.is_symlink() or entry.is_file()  # a broken link counts, and is refused when it is read
@@ -278,20 +281,21 @@ def _layout(root: Path) -> dict[str, Path]:
 
 def _scan(folder: Path, found: _Found) -> dict[str, list[str]]:
     """Class -> paths of its images, for the class folders in a folder."""
+    where = shown(str(folder))
     classes: dict[str, list[str]] = {}
     for entry in _entries(folder):
         if entry.is_dir(follow_symlinks=False):
             if not _is_utf8(entry.name):
-                raise DataError(f"{folder}: the name {os.fsencode(entry.name)!r} is not valid UTF-8; rename the folder")
+                raise DataError(f"{where}: the name {os.fsencode(entry.name)!r} is not valid UTF-8; rename the folder")
             classes[entry.name] = list(_walk(Path(entry.path), found))
         else:
             found.set_aside(entry)
     links = f"; {len(found.links)} symbolic links were not followed" if found.links else ""
     if not classes:
-        raise DataError(f"{folder}: no class folders; put the images of each class in a folder of its own{links}")
+        raise DataError(f"{where}: no class folders; put the images of each class in a folder of its own{links}")
     empty = [shown(name) for name, paths in classes.items() if not paths]
     if empty:
-        raise DataError(f"{folder}: no images in class {listed(empty)}; add images or remove the folder{links}")
+        raise DataError(f"{where}: no images in class {listed(empty)}; add images or remove the folder{links}")
     return classes
 
 
@@ -310,11 +314,13 @@ def _is_utf8(name: str) -> bool:
 
 
 def _pool(groups: dict[str, list[str]], classes: Sequence[str], folder: Path) -> list[Sample]:
-    """The images of scanned classes as samples not yet checked; `DataError` for a class that is not among `classes`."""
+    """The images of scanned classes, not yet checked, by path; `DataError` for a class that is not among `classes`."""
     unknown = [shown(name) for name in groups if name not in classes]
     if unknown:
         known = listed([shown(name) for name in classes])
-        raise DataError(f"{folder}: has class {listed(unknown)}, which training lacks ({known}); rename or remove it")
+        raise DataError(
+            f"{shown(str(folder))}: has class {listed(unknown)} that training lacks (it has {known}); rename or remove it"
+        )
     labels = {name: label for label, name in enumerate(classes)}
     return sorted((Sample(path, labels[name]) for name in groups for path in groups[name]), key=_by_path)
 
@@ -336,7 +342,11 @@ def _load_file(root: Path, path: str) -> Loaded:
 def _load_named(named: NamedSet, path: str) -> Loaded:
     with _refusing(path):
         picture = named.picture(path)
-        image = _to_rgb(picture) if isinstance(picture, Image.Image) else decode_image(picture.read(), path)
+        if isinstance(picture, Image.Image):
+            image = _to_rgb(picture)
+        else:
+            with picture:
+                image = decode_image(picture.read(), path)
     pixels = image.tobytes()
     return len(pixels), hashlib.sha256(pixels).hexdigest(), image
 
@@ -353,7 +363,9 @@ def _check(images: ImageSet, samples: Sequence[Sample], cache_bytes: int) -> tup
     room = cache_bytes - sum(3 * image.width * image.height for image in images.cache.values())
     good, bad = {}, {}
     with _quiet(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for sample, loaded in zip(samples, pool.map(load, samples), strict=True):
+        # In parts, so that pictures read ahead and jobs waiting stay few whatever the size of the set.
+        parts = (samples[start : start + 256] for start in range(0, len(samples), 256))
+        for sample, loaded in chain.from_iterable(zip(part, pool.map(load, part), strict=True) for part in parts):
             if isinstance(loaded, DataError):
                 bad[sample.path] = str(loaded)
                 continue
@@ -379,17 +391,15 @@ def _complete(images: ImageSet, divide: Callable[[Splits], Splits], skip_bad: bo
         newly_good, newly_bad = _check(images, [sample for sample in drawn if sample.path not in good], cache_bytes)
         good |= newly_good
         bad |= newly_bad
+        count, reasons = f"{len(bad)} of {len(good) + len(bad)} images", listed(list(bad.values()))
         if not newly_bad:
             break
-        count = f"{len(bad)} of {len(good) + len(bad)} images"
         if not skip_bad:
-            raise DataError(
-                f"{shown(images.source)}: {count} cannot be used: {listed(list(bad.values()))}; "
-                "mend or remove them, or pass --skip-bad"
-            )
+            where = shown(images.source)
+            raise DataError(f"{where}: {count} cannot be used: {reasons}; mend or remove them, or pass --skip-bad")
         pools = {split: [sample for sample in samples if sample.path not in bad] for split, samples in pools.items()}
     if bad:
-        images.notes.append(f"{count} were left out: {listed(list(bad.values()))}")
+        images.notes.append(f"{count} were left out: {reasons}")
     images.splits = {split: [good[sample.path] for sample in images.splits[split]] for split in SPLITS}
     images.notes += _split_notes(images.splits, images.classes)
     return images
@@ -511,7 +521,7 @@ def _open_named(source: str, cache_bytes: int) -> ImageSet:
     """A named set with all samples of its own splits, none of them checked."""
     named = open_named(source, cache_bytes=cache_bytes)
     pools = {split: [Sample(path, label) for path, label in rows] for split, rows in named.entries.items()}
-    return ImageSet(named.name, source, None, named.classes, pools, [], partial(_load_named, named))
+    return ImageSet(named.name, source, None, named.classes, pools, named.notes, partial(_load_named, named))
 
 
 def _open_folder(source: str, val: str, classes: tuple[str, ...] | None) -> ImageSet:

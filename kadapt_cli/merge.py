@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from kadapt_cli import __version__, runs
-from kadapt_cli.adapters import METHODS
+from kadapt_cli.adapters import METHODS, Adapted
+from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import ImageDataset, ImageSet, make_transform, open_images
 from kadapt_cli.errors import CheckFailedError, DataError, UsageError
 from kadapt_cli.evaluate import Run, load_backbone, logits, open_run, run_images
@@ -44,7 +46,8 @@ def merge(path: Path, out: Path, *, dtype: str) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out: {out} already exists; give a new or empty folder")
     run = open_run(path)
-    state, loss = merged_state(run, DTYPES[dtype])
+    base = load_backbone(run.config).module.state_dict()  # anew: the run's model has its linears replaced
+    state, loss = merged_state(run.adapted, run.config, base, DTYPES[dtype])
     _write(run, state, out)
     images = _check_images(run)
     difference = _verify(run, out, images)
@@ -64,37 +67,39 @@ def merge(path: Path, out: Path, *, dtype: str) -> dict[str, Any]:
     return result
 
 
-def merged_state(run: Run, dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:
-    """The merged classifier's state dict in `dtype`, and how much of ΔW rounding destroyed.
+def merged_state(
+    adapted: Adapted, config: TrainConfig, base: Mapping[str, Tensor], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], float]:
+    """The state dict of the merged classifier, in timm's keys, and how much of ΔW its rounding destroyed.
 
     Sums are made in float64 and rounded once. The loss is ‖(round(W + ΔW) − round(W)) − ΔW‖ / ‖ΔW‖ over all adapted
-    weights: 0 means that every bit of the adapter survived, 1 that nothing did.
+    weights: 0 when every bit of the adapter survives, 1 when nothing does.
+
+    Args:
+        adapted: The model with its trained adapter and head.
+        config: What it was trained with.
+        base: The state dict of its backbone before it was adapted.
+        dtype: Of the result.
     """
-    base = _frozen_state(run)
-    how = METHODS[run.config.method]
-    tensors = {name: parameter.detach() for name, parameter in run.adapted.adapter.items()}
+    state = {key: t.to(torch.float64, copy=True) if t.is_floating_point() else t for key, t in base.items()}
+    tensors = {name: parameter.detach().cpu() for name, parameter in adapted.adapter.items()}
     lost, whole = 0.0, 0.0
-    for key, row, delta in how.deltas(tensors, run.adapted.segments, run.config):
+    for key, row, delta in METHODS[config.method].deltas(tensors, adapted.segments, config):
         rows = slice(row, row + len(delta))
-        before = base[key][rows].clone()
-        base[key][rows] = before + delta
+        before = state[key][rows].clone()
+        state[key][rows] += delta
         if delta.dim() == 2:
-            survived = base[key][rows].to(dtype).double() - before.to(dtype).double()
+            survived = state[key][rows].to(dtype).double() - before.to(dtype).double()
             lost += float((survived - delta).square().sum())
             whole += float(delta.square().sum())
-    weight, bias = run.adapted.head.folded()
-    weight_key, bias_key = classifier_keys(run.adapted.backbone)
-    if run.adapted.backbone.projection:
-        bias = bias + weight @ base[bias_key] if bias_key in base else bias
-        weight = weight @ base[weight_key]
-    base[weight_key], base[bias_key] = weight, bias
-    return {k: t.to(dtype) if t.is_floating_point() else t for k, t in base.items()}, (lost / whole) ** 0.5 if whole else 0.0
-
-
-def _frozen_state(run: Run) -> dict[str, Tensor]:
-    """The backbone's own state dict in float64, loaded anew: the run's model has its linears replaced."""
-    state = load_backbone(run.config).module.state_dict()
-    return {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    weight, bias = adapted.head.folded()
+    weight_key, bias_key = classifier_keys(adapted.backbone)
+    if adapted.backbone.projection:  # classifier ∘ projection is again one linear layer
+        bias = bias + weight @ state[bias_key]
+        weight = weight @ state[weight_key]
+    state[weight_key], state[bias_key] = weight, bias
+    rounded = {key: t.to(dtype) if t.is_floating_point() else t for key, t in state.items()}
+    return rounded, (lost / whole) ** 0.5 if whole else 0.0
 
 
 def _write(run: Run, state: dict[str, Tensor], out: Path) -> None:

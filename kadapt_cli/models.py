@@ -117,7 +117,6 @@ def load(
     )
     _check_finite(str(weights or name), module)
     module.float().requires_grad_(False).eval()
-    resolved = timm.data.resolve_input_data_config(module, {"img_size": img_size})
     return Backbone(
         module=module,
         name=name,
@@ -125,7 +124,7 @@ def load(
         tag=config.get("tag") or "",
         feature_dim=module.head.out_features if projection else module.num_features,
         projection=projection,
-        data_config={key: tuple(value) if isinstance(value, list) else value for key, value in resolved.items()},
+        data_config=timm.data.resolve_input_data_config(module, {"img_size": img_size}),
         digest=state_digest(module),
         model_args=arguments,
         license=config.get("license") or "",
@@ -378,7 +377,7 @@ def _classifiers(config: dict[str, Any]) -> tuple[str, ...]:
 def _attention_segments(block: int, attention: nn.Module | None) -> list[Segment]:
     """The segments of one attention, or none when it is not understood."""
     qkv = getattr(attention, "qkv", None)
-    if type(qkv) is nn.Linear:
+    if type(qkv) is nn.Linear and qkv.out_features % 3 == 0:
         rows = qkv.out_features // 3
         places = [(name, "qkv", qkv, index * rows, rows) for index, name in enumerate("qkv")]
     else:

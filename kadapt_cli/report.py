@@ -40,9 +40,8 @@ def metrics_table(metrics: Metrics) -> RenderableType:
     if metrics.top5:
         table.add_row("top-5 accuracy", *_percent(metrics.top5))
     table.add_row("calibration error (ECE)", *_percent(metrics.ece))
-    notes = [
-        f"{metrics.confusion.sum()} images, {len(metrics.per_class)} classes; low to high: 95 % bootstrap interval"
-    ]
+    notes = [f"{metrics.confusion.sum()} images, {len(metrics.per_class)} classes"]
+    notes.append("low to high: 95 % bootstrap interval")
     if not metrics.top5:
         notes.append("top-5 accuracy: not defined for 5 classes or fewer")
     if metrics.accuracy.value in (0, 1):

@@ -113,6 +113,7 @@ def prepare(config: TrainConfig, out: Path, display: Display, *, resume: bool = 
     """Scan the data (to resume: the run's own images), build and adapt the model, move it to the device."""
     device = choose_device(config.device)
     dtype = _precision(config.precision, device)
+    torch.manual_seed(config.seed)  # for models that draw numbers themselves, such as dropout
     display.say(f"reading {config.data}")
     if resume:
         images = run_images(out, config.data, runs.load_tensors(out / runs.STATE, "state")[1]["classes"])

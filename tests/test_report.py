@@ -213,7 +213,7 @@ def axis(root, anchor, column):
     """(place, number) of the tick labels: of a y-axis those that end left of `column`, of the x-axes all."""
     found = []
     for text, element in texts(root):
-        if element.get("text-anchor") == anchor and text and text.replace(".", "").isdigit():
+        if element.get("text-anchor") == anchor and text and text.lstrip("-").replace(".", "").isdigit():
             x, y = float(element.get("x")), float(element.get("y"))
             if anchor == "middle" and column <= x <= column + 280:
                 found.append((x, float(text)))
@@ -263,10 +263,12 @@ def test_ticks_are_nice_distinct_and_hold_the_data(low, span):
         assert low + span <= ticks[-1][1] + 1e-9
 
 
-def test_accuracy_axis_stays_within_0_and_100():
+def test_axes_stay_within_what_is_possible():
     for value in (0.0, 1.0):
-        ticks = axis(ET.fromstring(curves_svg([row(e, 1.0, 1.0, value) for e in (1, 2)], "a run")), "end", 420)
-        assert 0 <= ticks[0][1] < ticks[-1][1] <= 100
+        root = ET.fromstring(curves_svg([row(e, 0.0, 0.0, value) for e in (1, 2)], "a run"))
+        loss, accuracy = axis(root, "end", 56), axis(root, "end", 420)
+        assert 0 == loss[0][1] < loss[-1][1]
+        assert 0 <= accuracy[0][1] < accuracy[-1][1] <= 100
 
 
 def test_one_epoch_is_drawn_as_dots():
@@ -285,6 +287,7 @@ def test_history_without_validation():
     assert line(root, "val_loss") == line(root, "val_accuracy") == []
     words = [text for text, _ in texts(root)]
     assert "no validation images" in words
+    assert [axis(root, "end", 420)[i][1] for i in (0, -1)] == [0, 100]
     assert "validation" not in words  # no legend for a line that is not there
     assert "best" not in svg
     assert "no validation images" not in curves_svg(falling(3), "a run")

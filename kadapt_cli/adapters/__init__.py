@@ -43,10 +43,11 @@ class Head(nn.Module):
     def start(self, features: Tensor, labels: Tensor) -> None:
         """Take the constants from training features (n, D), and the weight from their class means.
 
-        The weight of a class is its mean standardised feature m_c, divided by √D, and the bias -|m_c|² / 2√D: the
-        nearest class mean wins, and the logits are of order one. A zero head would pass no gradient to the adapter.
+        The weight of a class is γ times its mean standardised feature m_c, the bias -γ|m_c|²/2: the nearest class mean
+        wins. With γ = 0.1/√D the logits stay small, so that training decides how far to trust them; a zero head
+        would pass no gradient to the adapter in the first step.
         """
-        scale = features.shape[1] ** -0.5
+        scale = 0.1 * features.shape[1] ** -0.5
         with torch.no_grad():
             self.mean.copy_(features.mean(0))
             spread = features.std(0, correction=0)

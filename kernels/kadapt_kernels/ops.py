@@ -61,7 +61,7 @@ def kron_merge(
     Args and errors as `kron_linear`. Costs T·rows·K multiply-adds a segment, once, after training.
     """
     _check(weight, weight, factors, segments, "kron_merge")
-    merged = weight.double()
+    merged = weight.to(torch.float64, copy=True)
     for (start, stop), group in zip(segments, factors, strict=True):
         wide = KronFactors(*(None if t is None else t.double() for t in group))  # type: ignore[arg-type]
         merged[start:stop] += kron_delta(wide, scale)

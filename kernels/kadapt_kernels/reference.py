@@ -109,10 +109,10 @@ class _Full(torch.autograd.Function):
         small: list[Tensor] = []
         for (start, stop), (a, u, v) in zip(ctx.segments, _triples(flat), strict=True):
             z, w = _inner(x, a * ctx.scale, v)  # recomputed: M·S·T·r numbers are too many to keep
-            dy3 = dy[:, start:stop].reshape(len(x), a.shape[1], -1)
+            dy3 = dy[:, start:stop].reshape(len(x), a.shape[1], u.shape[1])
             gw = (dy3 @ _thin(u, x.dtype)).view_as(w)
             gz = torch.einsum("tsc,mstr->mctr", (a * ctx.scale).to(x.dtype), gw)
-            x3 = x.view(len(x), a.shape[1], -1)
+            x3 = x.view(len(x), a.shape[1], v.shape[1])
             da = torch.einsum("mstr,mctr->tsc", gw, z).to(a.dtype) * ctx.scale
             du = torch.einsum("msp,mstr->tpr", dy3, w).to(u.dtype)
             dv = torch.einsum("mcq,mctr->tqr", x3, gz).to(v.dtype)
@@ -134,5 +134,5 @@ def _thin(u: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _inner(x: Tensor, rule: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """z = x contracted with v over Q, and w = A_t applied to z: both (M, S, T, r)."""
-    z = (x.view(len(x), rule.shape[1], -1) @ _thin(v, x.dtype)).view(len(x), rule.shape[1], v.shape[0], v.shape[2])
+    z = (x.view(len(x), rule.shape[1], v.shape[1]) @ _thin(v, x.dtype)).view(len(x), rule.shape[1], v.shape[0], v.shape[2])
     return z, torch.einsum("tsc,mctr->mstr", rule.to(x.dtype), z)

@@ -1,0 +1,46 @@
+"""Real photos for the tests: the shared image sets, and small labelled folders copied from them."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TASKS = Path(__file__).parents[2] / "shared" / "data" / "tasks"
+
+
+@pytest.fixture(scope="session")
+def tasks() -> Path:
+    """The folder of shared image sets; tests that need it are skipped where it is absent."""
+    if not TASKS.is_dir():
+        pytest.skip(f"the shared image sets are not at {TASKS}")
+    return TASKS
+
+
+@pytest.fixture
+def copy_photos(tasks: Path) -> Callable[..., Path]:
+    """copy_photos(folder, {"rose": 6, "tulip": 6}, start=0) copies that many flowers of each class into a folder."""
+
+    def copy(folder: Path, counts: dict[str, int], start: int = 0) -> Path:
+        for name, count in counts.items():
+            (folder / name).mkdir(parents=True)
+            for photo in sorted((tasks / "flowers5" / name).iterdir())[start : start + count]:
+                shutil.copy(photo, folder / name / photo.name)
+        return folder
+
+    return copy
+
+
+@pytest.fixture
+def photos(copy_photos: Callable[..., Path], tmp_path: Path) -> Path:
+    """A folder of three classes with 12, 10 and 8 real photos."""
+    return copy_photos(tmp_path / "photos", {"daisy": 12, "rose": 10, "tulip": 8})
+
+
+@pytest.fixture
+def split_photos(copy_photos: Callable[..., Path], tmp_path: Path) -> Path:
+    """The same classes in train/ (8 each), val/ (3 each) and test/ (4 each)."""
+    root = tmp_path / "split"
+    for split, count, start in (("train", 8, 0), ("val", 3, 20), ("test", 4, 40)):
+        copy_photos(root / split, {"daisy": count, "rose": count, "tulip": count}, start)
+    return root

@@ -1,0 +1,229 @@
+"""KAdaptation on every supported model: equal at the start, alive, batch-invariant, and the same after merging."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kadapt_cli.adapters import Head, adapt, kadaptation, select
+from kadapt_cli.config import TrainConfig
+from kadapt_cli.errors import UsageError
+from kadapt_cli.merge import merged_state
+from kadapt_cli.models import full_model, load, segments
+
+# name, image size (small where the model is large), adapter parameters
+ZOO = [
+    ("vit32", 32, 9_856),
+    ("vit_tiny_patch16_224", 224, 15_616),
+    ("vit_base_patch32_clip_quickgelu_224", 224, 50_176),
+    ("vit_base_patch16_224.augreg_in21k", 64, 50_176),
+    ("deit3_small_patch16_224", 224, 27_136),
+    ("vit_small_patch14_dinov2", 224, 27_136),
+    ("vit_base_patch16_siglip_224", 64, 50_176),
+    ("eva02_tiny_patch14_224", 224, 15_616),
+    ("beitv2_base_patch16_224", 64, 50_176),
+]
+CLASSES = 3
+
+
+class Case:
+    """A backbone with random weights, what it computed before it was adapted, and the adapted model."""
+
+    def __init__(self, name: str, size: int, rule: str = "factored") -> None:
+        self.config = TrainConfig(model=name, pretrained=name == "vit32", rule=rule, seed=1, scale=0.02)
+        self.backbone = load(name, pretrained=name == "vit32", img_size=None if name == "vit32" else size, seed=3)
+        for key, parameter in self.backbone.module.named_parameters():
+            if "gamma" in key:  # layer scales start at 1e-6 to 0.1, which would hide what the layers do
+                parameter.data.fill_(0.5)
+        self.images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            self.before = self.backbone.module(self.images)
+        self.base = {key: tensor.clone() for key, tensor in self.backbone.module.state_dict().items()}
+        self.adapted = adapt(self.backbone, self.config, CLASSES)
+        self.adapted.head.start(self.before, torch.arange(3))
+        with torch.no_grad():
+            self.adapted.head.weight += 0.01 * torch.randn(self.adapted.head.weight.shape)
+
+    def move(self, std: float = 0.3) -> None:
+        """Give every trainable tensor of the adapter some non-zero value, as training does."""
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in self.adapted.adapter.values():
+                parameter += std * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture(scope="module", params=ZOO, ids=[row[0] for row in ZOO])
+def zoo(request):
+    """One model at a time; the tests that share it run in the order of this file, from untouched to moved."""
+    name, size, count = request.param
+    return Case(name, size), count
+
+
+def test_starts_equal_to_the_backbone_and_counts(zoo):
+    case, count = zoo
+    with torch.no_grad():
+        assert torch.equal(case.backbone.module(case.images), case.before)
+    assert sum(p.numel() for p in case.adapted.adapter.values()) == count
+    trainable = {id(p) for p in case.adapted.module().parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in case.adapted.parameters().values()}
+
+
+def test_every_tensor_gets_gradient_by_the_second_step(zoo):
+    case, _ = zoo
+    parameters = case.adapted.parameters()
+    optimizer = torch.optim.AdamW(parameters.values(), lr=5e-3)
+    live = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in parameters.items()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(case.adapted.module()(case.images), torch.tensor([0, 1, 2])).backward()
+        for name, parameter in parameters.items():
+            live[name] |= parameter.grad != 0
+        optimizer.step()
+    assert {name: int(mask.sum()) for name, mask in live.items()} == {n: p.numel() for n, p in parameters.items()}
+
+
+def test_does_not_depend_on_the_rest_of_the_batch(zoo):
+    case, _ = zoo
+    case.move()
+    module = case.adapted.module()
+    with torch.no_grad():
+        whole = module(case.images)
+        alone = torch.cat([module(image[None]) for image in case.images])
+        reordered = module(case.images.flip(0)).flip(0)
+        changed = case.backbone.module(case.images)
+    scale = whole.abs().max()
+    assert (whole - alone).abs().max() < 1e-4 * scale
+    assert (whole - reordered).abs().max() < 1e-4 * scale
+    assert (changed - case.before).abs().max() > 1e-3 * case.before.abs().max(), "the adapter changes nothing"
+
+
+def test_merged_equals_adapted(zoo):
+    case, _ = zoo
+    state, loss = merged_state(case.adapted, case.config, case.base, torch.float32)
+    plain = full_model(case.backbone, CLASSES).eval()
+    plain.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        wanted, got = case.adapted.module()(case.images), plain(case.images)
+    assert (wanted - got).abs().max() < 1e-4
+    assert loss < 1e-5
+
+
+def test_each_segment_alone_changes_the_output(zoo):
+    """q and v of the first block, one at a time: no segment is a silent no-op, none lands on another's rows."""
+    case, _ = zoo
+    adapter = case.adapted.adapter
+    saved = {name: parameter.detach().clone() for name, parameter in adapter.items()}
+    with torch.no_grad():
+        for segment in ("q", "v"):
+            for name, parameter in adapter.items():
+                if name.endswith(".u") or ".bias" in name:
+                    parameter.zero_()
+            adapter[f"blocks.0.{segment}.u"].copy_(10 * saved[f"blocks.0.{segment}.u"])
+            assert (case.backbone.module(case.images) - case.before).abs().max() > 1e-6
+            state, _ = merged_state(case.adapted, case.config, case.base, torch.float32)
+            moved = [s for s in segments(load_same(case)) if not torch.equal(*rows(s, case.base, state))]
+            assert [(s.block, s.name) for s in moved] == [(0, segment)]
+
+
+def load_same(case: Case) -> nn.Module:
+    return full_model(case.backbone, CLASSES)
+
+
+def rows(segment, base, state):
+    key = f"{segment.module}.weight"
+    return base[key][segment.start : segment.stop], state[key][segment.start : segment.stop]
+
+
+def test_vit_b_with_a_clip_head_has_55_306_parameters():
+    backbone = load("vit_base_patch32_clip_quickgelu_224", pretrained=False)
+    adapted = adapt(backbone, TrainConfig(), 10)
+    assert sum(p.numel() for p in adapted.adapter.values()) == 50_176
+    assert sum(p.numel() for p in adapted.parameters().values()) == 55_306
+
+
+def test_full_rule_starts_equal_is_alive_and_merges():
+    case = Case("vit32", 32, rule="full")
+    with torch.no_grad():
+        assert torch.equal(case.backbone.module(case.images), case.before)
+    case.move(0.05)
+    F.cross_entropy(case.adapted.module()(case.images), torch.tensor([0, 1, 2])).backward()
+    assert all((p.grad != 0).any() for p in case.adapted.parameters().values())
+    state, _ = merged_state(case.adapted, case.config, case.base, torch.float32)
+    plain = full_model(case.backbone, CLASSES).eval()
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        assert (case.adapted.module()(case.images) - plain(case.images)).abs().max() < 1e-4
+
+
+def test_rules_are_one_parameter_shared_by_all_blocks():
+    case = Case("vit32", 32)
+    shared = [n for n in case.adapted.adapter if n.startswith("rule.")]
+    assert shared == ["rule.q.a", "rule.q.b", "rule.v.a", "rule.v.b"]
+    used = [block.attn.qkv.factors[0].a for block in case.backbone.module.blocks]
+    assert all(a is case.adapted.adapter["rule.q.a"] for a in used)
+
+
+def test_both_factors_at_zero_would_never_learn():
+    """The released reference code's start, for which the liveness check exists: no gradient, ever."""
+    case = Case("vit32", 32)
+    with torch.no_grad():
+        for name, parameter in case.adapted.adapter.items():
+            if name.endswith((".u", ".v")):
+                parameter.zero_()
+    F.cross_entropy(case.adapted.module()(case.images), torch.tensor([0, 1, 2])).backward()
+    dead = [name for name, p in case.adapted.adapter.items() if not (p.grad != 0).any()]
+    assert len(dead) == 4 + 6 * 4
+
+
+def test_merging_into_bf16_says_how_much_it_destroys():
+    case = Case("vit32", 32)
+    case.move(0.01)
+    _, exact = merged_state(case.adapted, case.config, case.base, torch.float32)
+    _, rounded = merged_state(case.adapted, case.config, case.base, torch.bfloat16)
+    assert exact < 1e-4 < 1e-2 < rounded
+
+
+def test_autocast_keeps_factor_gradients_in_fp32():
+    case = Case("vit32", 32)
+    case.move(0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = case.adapted.module()(case.images)
+    F.cross_entropy(out, torch.tensor([0, 1, 2])).backward()
+    with torch.no_grad():
+        exact = case.adapted.module()(case.images)
+    assert all(p.grad.dtype == torch.float32 for p in case.adapted.parameters().values())
+    assert 0 < (out - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_key_segments_get_no_bias():
+    backbone = load("vit32")
+    adapted = adapt(backbone, TrainConfig(targets=("k",)), 3)
+    assert not [name for name in adapted.adapter if "bias" in name]
+
+
+def test_terms():
+    available = segments(load("vit32").module)
+    assert kadaptation.resolve_terms(available, None) == 32
+    assert kadaptation.resolve_terms(available, 16) == 16
+    with pytest.raises(UsageError, match=r"--terms: T must divide the width 192, but 5 was given; choose from \[1, 2"):
+        kadaptation.resolve_terms(available, 5)
+
+
+def test_select():
+    available = segments(load("vit32").module)
+    assert {(s.block, s.name) for s in select(available, ["blocks.0.*", "v"])} == {
+        *((0, name) for name in "qkv"),
+        *((block, "v") for block in range(6)),
+    }
+    with pytest.raises(UsageError, match="'mlp' matches nothing; this model has k, q, v in blocks 0 to 5"):
+        select(available, ["q", "mlp"])
+
+
+def test_head_constants_fold_into_the_weight():
+    features = 5 + 3 * torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
+    head = Head(7, 4)
+    head.start(features, torch.arange(40) % 4)
+    weight, bias = head.folded()
+    with torch.no_grad():
+        torch.testing.assert_close(head(features).double(), F.linear(features.double(), weight, bias), rtol=0, atol=1e-5)
+        assert (head(features).argmax(1) == torch.arange(40) % 4).double().mean() > 0.5

@@ -1,0 +1,382 @@
+"""Training on real photos: it learns, it resumes to the same bits, and its run folder says the truth."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors import safe_open
+
+from kadapt_cli import runs
+from kadapt_cli import train as training
+from kadapt_cli.config import TrainConfig, resolve, to_toml
+from kadapt_cli.errors import DivergedError, KadaptError, MachineError, ModelError, UsageError
+from kadapt_cli.evaluate import open_run
+from kadapt_cli.models import load
+from kadapt_cli.progress import Display
+
+TIMES = ("images_per_s", "time_s")
+
+
+def quiet() -> Display:
+    return Display(Console(stderr=True), quiet=True)
+
+
+def config_for(photos: Path, **changes) -> TrainConfig:
+    return TrainConfig(data=str(photos), epochs=4, batch_size=8, **changes)
+
+
+@pytest.fixture(scope="module")
+def photos(tasks, tmp_path_factory) -> Path:
+    """Three classes of twelve flowers, as links' targets would be: plain copies."""
+    import shutil
+
+    root = tmp_path_factory.mktemp("photos")
+    for name in ("daisy", "rose", "tulip"):
+        (root / name).mkdir()
+        for photo in sorted((tasks / "flowers5" / name).iterdir())[:12]:
+            shutil.copy(photo, root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(photos, tmp_path_factory) -> tuple[Path, dict]:
+    """One short run that the reading tests share."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return out, training.train(config_for(photos), out, resume=False, display=quiet())
+
+
+def same_training(a: Path, b: Path) -> None:
+    """Weights bit for bit, and metrics.csv but for the times."""
+    left, right = ({**runs.load_tensors(p / runs.ADAPTER, "adapter")[0]} for p in (a, b))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    rows = [[{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(p)] for p in (a, b)]
+    assert rows[0] == rows[1]
+    states = [runs.load_tensors(p / runs.STATE, "state")[0] for p in (a, b)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def read_metrics(run: Path) -> list[dict[str, str]]:
+    with (run / runs.METRICS).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_folder(finished, photos):
+    out, result = finished
+    assert {p.name for p in out.iterdir()} - {runs.LOCK} == {
+        "config.toml", "manifest.csv", "adapter.safetensors", "adapter.json", "state.safetensors",
+        "metrics.csv", "result.json", "confusion.csv", "curves.svg",
+    }  # fmt: skip
+    assert json.loads((out / "result.json").read_text()) == result
+    assert result["data"] == {"name": photos.name, "classes": 3, "train": 24, "val": 6, "test": 6}
+    counts = result["parameters"]
+    assert (counts["adapter"], counts["head"], counts["trainable"]) == (9_856, 3 * 193, 9_856 + 3 * 193)
+    assert counts["live"] == counts["trainable"]
+    assert counts["backbone"] == 2_691_648
+    assert [row["epoch"] for row in read_metrics(out)] == ["1", "2", "3", "4"]
+    assert set(result["metrics"]["test"]) == {"accuracy", "balanced_accuracy"}
+    ET.parse(out / "curves.svg")
+    info = json.loads((out / "adapter.json").read_text())
+    assert info["classes"] == ["daisy", "rose", "tulip"]
+    assert info["modules"][0] == {"module": "blocks.0.attn.qkv", "segment": "q", "rows": [0, 192]}
+    assert info["model"]["digest"] == load("vit32").digest
+    with safe_open(out / "adapter.safetensors", "pt") as file:
+        assert {n: list(file.get_slice(n).get_shape()) for n in file.keys()} == {  # noqa: SIM118
+            name: tensor["shape"] for name, tensor in info["tensors"].items()
+        }
+
+
+def test_config_reproduces_the_run(finished, tmp_path):
+    out, _ = finished
+    again = resolve({}, out / "config.toml")
+    training.train(again, tmp_path / "again", resume=False, display=quiet())
+    same_training(out, tmp_path / "again")
+
+
+def test_another_seed_is_another_run(finished, photos, tmp_path):
+    out, _ = finished
+    training.train(config_for(photos, seed=1), tmp_path / "b", resume=False, display=quiet())
+    with pytest.raises(AssertionError):
+        same_training(out, tmp_path / "b")
+
+
+def test_it_learns(photos, tmp_path):
+    """Loss falls by half in 12 epochs, and the adapter, not the head alone, has moved."""
+    config = TrainConfig(data=str(photos), epochs=12, batch_size=8, val="none")
+    training.train(config, tmp_path / "run", resume=False, display=quiet())
+    losses = [float(row["train_loss"]) for row in read_metrics(tmp_path / "run")]
+    assert losses[-1] < 0.5 * losses[0]
+    adapter = open_run(tmp_path / "run").adapted.adapter
+    assert all(tensor.abs().max() > 1e-3 for tensor in adapter.values())
+    assert read_metrics(tmp_path / "run")[0]["val_loss"] == ""
+
+
+def test_keeps_the_best_epoch(finished):
+    out, result = finished
+    rows = read_metrics(out)
+    best = max(rows, key=lambda row: (float(row["val_accuracy"]), -float(row["val_loss"])))
+    assert result["best_epoch"] == int(best["epoch"])
+    assert result["metrics"]["val"]["accuracy"] == pytest.approx(float(best["val_accuracy"]))
+
+
+def test_stops_when_validation_no_longer_improves(photos, tmp_path):
+    config = config_for(photos, patience=1, lr=0.5, weight_decay=0.0).model_copy(update={"epochs": 30})
+    result = training.train(config, tmp_path / "run", resume=False, display=quiet())
+    assert result["epochs"] < 30
+    assert result["epochs"] == result["best_epoch"] + 1
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5, 6, 10])
+def test_resume_from_any_step_ends_with_the_same_bits(finished, photos, tmp_path, monkeypatch, stop_after):
+    out, _ = finished
+    real = training._step
+
+    def interrupted(session, *rest):
+        real(session, *rest)
+        if session.step == stop_after:
+            session.stop = "SIGINT"
+
+    monkeypatch.setattr(training, "_step", interrupted)
+    with pytest.raises(KadaptError, match="--resume") as caught:
+        training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
+    assert caught.value.exit_code == 130
+    monkeypatch.undo()
+    torch.manual_seed(999)  # whatever the new process's generator holds
+    training.train(config_for(photos), tmp_path / "run", resume=True, display=quiet())
+    same_training(out, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(3))
+def test_killed_at_a_random_moment_and_resumed(finished, photos, tmp_path, trial):
+    out, _ = finished
+    command = [sys.executable, "-m", "kadapt_cli", "train", "--out", str(tmp_path / "run")]
+    options = ["--config", str(out / "config.toml"), "--save-every", "0"]
+    (tmp_path / "config.toml").write_text((out / "config.toml").read_text().replace("save_every = 30.0", "save_every = 0.0"))
+    options = ["--config", str(tmp_path / "config.toml")]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch"):
+            break
+    time.sleep(random.Random(trial).random())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run([*command, "--resume", "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    same_training(out, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on(finished, tmp_path):
+    out, _ = finished
+    command = [sys.executable, "-m", "kadapt_cli", "train", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen([*command, "--config", str(out / "config.toml")], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(timeout=20) == 130
+    assert "once more to quit at once" in rest
+    assert f"kadapt train --out {tmp_path / 'run'} --resume" in rest
+    assert runs.load_tensors(tmp_path / "run" / runs.STATE, "state")
+
+
+def test_micro_batches_give_the_same_gradient(photos, tmp_path):
+    whole = training.prepare(config_for(photos), tmp_path / "a", quiet())
+    parts = training.prepare(config_for(photos, micro_batch=3), tmp_path / "b", quiet())
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 3
+    for session in (whole, parts):
+        training._standardise(session)
+        training._gradients(session, images, labels)
+    for name, parameter in whole.parameters.items():
+        torch.testing.assert_close(parts.parameters[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(finished, photos, tmp_path, monkeypatch):
+    """An allocator that refuses more than 3 images at a time: the run succeeds, in micro-batches of 2."""
+    seen = []
+
+    def refusing(session, images, labels):
+        if session.micro > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        seen.append(len(labels))
+        return real(session, images, labels)
+
+    real = training._gradients
+    monkeypatch.setattr(training, "_gradients", refusing)
+    result = training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
+    assert result["micro_batch"] == 2
+    assert set(seen) == {8}
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [row["step"] for row in read_metrics(finished[0])]
+
+
+def test_out_of_memory_with_one_image_is_an_error_of_the_machine(photos, tmp_path, monkeypatch):
+    def refusing(session, images, labels):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "_gradients", refusing)
+    with pytest.raises(MachineError, match="one image at a time") as caught:
+        training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
+    assert caught.value.exit_code == 5
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(photos, tmp_path, monkeypatch):
+    real = training._gradients
+
+    def poisoned(session, images, labels):
+        loss, right = real(session, images, labels)
+        return (loss * float("nan"), right) if session.step == 4 else (loss, right)
+
+    monkeypatch.setattr(training, "_gradients", poisoned)
+    with pytest.raises(DivergedError, match=r"not finite at step 5 with learning rate .*; try --lr ") as caught:
+        training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
+    assert caught.value.exit_code == 6
+    tensors, info = runs.load_tensors(tmp_path / "run" / runs.STATE, "state")
+    assert info["step"] == 3
+    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+
+
+def test_a_tensor_that_never_gets_a_gradient_is_named(photos, tmp_path, monkeypatch):
+    from kadapt_cli.adapters import kadaptation
+
+    real = kadaptation.initial
+
+    def both_zero(segments, config):
+        return {n: torch.zeros_like(t) if n.endswith(".v") else t for n, t in real(segments, config).items()}
+
+    monkeypatch.setattr(kadaptation, "initial", both_zero)
+    with pytest.raises(KadaptError, match=r"28 of 36 trainable tensors never received a gradient \(rule.q.a, "):
+        training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
+
+
+def test_dry_run_writes_nothing_and_estimates_memory(photos, tmp_path):
+    small, large = (
+        training.dry_run(config_for(photos, micro_batch=n), tmp_path / "run", quiet()) for n in (1, 8)
+    )
+    assert not (tmp_path / "run").exists()
+    assert "metrics" not in small
+    assert small["parameters"]["trainable"] == 9_856 + 3 * 193
+    per_image = (large["memory_estimate_bytes"] - small["memory_estimate_bytes"]) / 7
+    assert 65 * 192 * 4 * 10 * 6 < per_image < 65 * 192 * 4 * 20 * 6  # 10 to 20 times the tokens a block, fp32
+
+
+def test_out_that_holds_something_else_is_left_untouched(photos, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match="already holds something else") as caught:
+        training.train(config_for(photos), tmp_path, resume=False, display=quiet())
+    assert caught.value.exit_code == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_out_that_holds_a_run_asks_for_resume(finished, photos):
+    with pytest.raises(UsageError, match="already holds a run; pass --resume"):
+        training.train(config_for(photos), finished[0], resume=False, display=quiet())
+
+
+def test_resume_refuses_other_options(finished, photos):
+    with pytest.raises(UsageError, match=r"--lr: .* was started with 0.005, but 0.1 was given"):
+        training.train(TrainConfig(lr=0.1), finished[0], resume=True, display=quiet())
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, photos):
+    out, result = finished
+    before = (out / runs.ADAPTER).read_bytes()
+    again = training.train(TrainConfig(), out, resume=True, display=quiet())
+    assert (out / runs.ADAPTER).read_bytes() == before
+    assert again["metrics"] == result["metrics"]
+
+
+def test_second_writer_is_refused(photos, tmp_path):
+    with runs.writing(tmp_path / "run"):
+        script = (
+            "import sys; from pathlib import Path; from kadapt_cli import runs\n"
+            "with runs.writing(Path(sys.argv[1])): pass"
+        )
+        done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "being written by another process" in done.stderr
+
+
+def test_a_base_model_with_other_weights_is_refused(photos, tmp_path):
+    """--weights FILE whose content changes after training: exit 4, and both digests are named."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from kadapt_cli.models import BUNDLED
+
+    weights = tmp_path / "weights.safetensors"
+    shutil.copy(BUNDLED / "model.safetensors", weights)
+    config = config_for(photos, weights=str(weights)).model_copy(update={"epochs": 1})
+    training.train(config, tmp_path / "run", resume=False, display=quiet())
+    open_run(tmp_path / "run")
+    changed = load_file(weights)
+    changed["norm.weight"] = changed["norm.weight"] + 0.5
+    save_file(changed, weights)
+    with pytest.raises(ModelError, match="trained on other weights of vit32") as caught:
+        open_run(tmp_path / "run")
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "foreign", "pickle"])
+def test_a_damaged_adapter_is_refused(finished, tmp_path, damage):
+    out, _ = finished
+    data = bytearray((out / runs.ADAPTER).read_bytes())
+    run = tmp_path / "run"
+    run.mkdir()
+    if damage == "flip":
+        data[-100] ^= 1
+    elif damage == "truncate":
+        del data[len(data) // 2 :]
+    elif damage == "empty":
+        data.clear()
+    (run / runs.ADAPTER).write_bytes(bytes(data))
+    if damage == "foreign":
+        from safetensors.torch import save_file
+
+        save_file({"x": torch.zeros(3)}, run / runs.ADAPTER)
+    if damage == "pickle":
+        torch.save({"x": torch.zeros(3)}, run / runs.ADAPTER)
+    with pytest.raises(ModelError, match=r"adapter.safetensors: (damaged|not a readable|not written by kadapt)") as caught:
+        open_run(run)
+    assert caught.value.exit_code == 4
+
+
+def test_toml_round_trip():
+    config = TrainConfig(data='we"ird\\ näme\n\x07', shots=3, targets=("q", "blocks.1.*"), pretrained=False, lr=1e-5)
+    assert TrainConfig.model_validate(tomllib.loads(to_toml(config))) == config
+
+
+def test_commit_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    runs.commit(path, "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MachineError, match="No space left on device.*earlier file is untouched") as caught:
+        runs.commit(path, "new")
+    assert caught.value.exit_code == 5
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+
+
+def test_files_follow_the_umask(finished):
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {(finished[0] / name).stat().st_mode & 0o777 for name in (runs.ADAPTER, runs.CONFIG)} == {0o666 & ~mask}
