@@ -38,7 +38,9 @@ def main() -> None:
     try:
         app()
     except KadaptError as error:
-        Console(stderr=True).print(f"[bold red]kadapt:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(
+            f"[bold red]kadapt:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True, highlight=False
+        )
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         Console(stderr=True).print("kadapt: interrupted", highlight=False)
@@ -99,7 +101,9 @@ def train(
     weights: Annotated[str | None, _option("weights")] = None,
     save_every: Annotated[float | None, _option("save_every")] = None,
     skip_bad: SkipBad = False,
-    config: Annotated[Path | None, typer.Option(help="A TOML file of these options, such as a run's config.toml.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file of these options, such as a run's config.toml.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Scan, count and estimate; write nothing.")] = False,
     as_json: JsonFlag = False,
@@ -118,7 +122,9 @@ def train(
 
     display = Display(Console(stderr=True))
     folder = out if out is not None else default_out(resolved, resume)
-    result = run_dry(resolved, folder, display) if dry_run else run_train(resolved, folder, resume=resume, display=display)
+    result = (
+        run_dry(resolved, folder, display) if dry_run else run_train(resolved, folder, resume=resume, display=display)
+    )
     if as_json:
         _print_json(result)
     else:
@@ -191,7 +197,9 @@ def merge_weights(
     console.print(f"wrote {escape(str(out))}", soft_wrap=True, highlight=False)
     console.print(
         f"loaded again by timm in a fresh process: largest difference of a logit on {result['images']} images "
-        f"{result['max_difference']:.1e}", soft_wrap=True, highlight=False,
+        f"{result['max_difference']:.1e}",
+        soft_wrap=True,
+        highlight=False,
     )
     if dtype != "fp32":
         console.print(f"rounding to {dtype} destroyed {result['rounding_loss']:.1%} of the adapter", highlight=False)

@@ -24,7 +24,9 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    data: str = Field("demo", min_length=1, description="A folder of classes, 'demo', or a named set (torch/…, hfds/…).")
+    data: str = Field(
+        "demo", min_length=1, description="A folder of classes, 'demo', or a named set (torch/…, hfds/…)."
+    )
     model: str = Field("vit32", min_length=1, description="A timm model name, 'local-dir:DIR', or the bundled 'vit32'.")
     method: str = Field("kadaptation", description="The adaptation method.")
     shots: int | None = Field(
@@ -32,14 +34,16 @@ class TrainConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the draw, the initialisation and the order of images.")
     epochs: int = Field(60, ge=1, description="Passes over the training images.")
-    lr: float = Field(5e-3, gt=0, description="Peak learning rate.")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(1e-4, ge=0, description="Weight decay of AdamW.")
     batch_size: int = Field(32, ge=1, description="Images an optimizer step.")
     micro_batch: int | None = Field(
-        None, ge=1, description="Images a forward pass; gradients accumulate up to the batch size. The batch size when not given."
+        None,
+        ge=1,
+        description="Images a forward pass; gradients accumulate up to the batch size. The batch size when not given.",
     )
     warmup: float = Field(0.1, ge=0, lt=1, description="Part of the steps in which the learning rate rises.")
-    patience: int = Field(20, ge=1, description="Stop after this many epochs without a better validation result.")
+    patience: int = Field(20, ge=1, description="Stop after so many epochs clearly worse than the best in validation.")
     val: Literal["auto", "none"] = Field(
         "auto", description="'auto' keeps 20 % of the drawn images for validation; 'none' trains on all of them."
     )

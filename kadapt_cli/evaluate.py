@@ -66,17 +66,18 @@ def open_run(path: Path) -> Run:
 def load_backbone(config: TrainConfig) -> Any:
     """The configured backbone, frozen."""
     weights = Path(config.weights) if config.weights else None
-    return load(
-        config.model, pretrained=config.pretrained, weights=weights, img_size=config.img_size, seed=config.seed
-    )
+    return load(config.model, pretrained=config.pretrained, weights=weights, img_size=config.img_size, seed=config.seed)
 
 
 def fill(adapted: Adapted, tensors: dict[str, Tensor], source: Path) -> None:
     """Copy saved tensors into the adapter and head; `ModelError` unless names and shapes match and all are finite."""
     own = tensors_of(adapted)
     if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()}:
-        differing = sorted(n for n in own.keys() | tensors.keys() if n not in own or n not in tensors
-                           or own[n].shape != tensors[n].shape)
+        differing = sorted(
+            n
+            for n in own.keys() | tensors.keys()
+            if n not in own or n not in tensors or own[n].shape != tensors[n].shape
+        )
         raise ModelError(f"{source}: its tensors do not fit the model ({', '.join(differing[:3])}); train again")
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise ModelError(f"{source}: holds values that are not finite; train again with a smaller --lr")

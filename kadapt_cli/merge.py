@@ -1,8 +1,8 @@
 """`kadapt merge-weights`: fold adapter and head into plain weights that timm and transformers load.
 
-The folder holds config.json and model.safetensors in timm's own format, and a model card. After writing, a fresh process
-loads it with `timm.create_model("local-dir:DIR", pretrained=True)` and classifies real images; the logits must agree
-with the adapted model's.
+The folder holds config.json and model.safetensors in timm's own format, and a model card. After writing, a fresh
+process loads it with `timm.create_model("local-dir:DIR", pretrained=True)` and classifies real images; the logits
+must agree with the adapted model's.
 """
 
 import json
@@ -110,7 +110,9 @@ def _write(run: Run, state: dict[str, Tensor], out: Path) -> None:
         model = full_model(run.adapted.backbone, len(run.classes))
         model.load_state_dict(state, strict=True)
         labels = {"label_names": list(run.classes)}
-        save_for_hf(model, folder, model_config=labels, data_config=run.adapted.backbone.data_config, safe_serialization=True)
+        save_for_hf(
+            model, folder, model_config=labels, data_config=run.adapted.backbone.data_config, safe_serialization=True
+        )
         config = json.loads((folder / "config.json").read_text())
         for key in ("num_classes", "in_chans"):  # transformers passes these itself and fails on a second one
             config.get("model_args", {}).pop(key, None)
@@ -132,7 +134,8 @@ def _card(run: Run) -> str:
     return (
         f"---\nlibrary_name: timm\npipeline_tag: image-classification\nlicense: {model['license'] or 'other'}\n---\n\n"
         f"# {model['architecture']} adapted to {len(run.classes)} classes\n\n"
-        f"{model['name']} with a {run.config.method} adapter merged into its weights by kadapt {__version__}.\n{accuracy}\n"
+        f"{model['name']} with a {run.config.method} adapter merged into its weights by kadapt {__version__}.\n"
+        f"{accuracy}\n"
         "```python\nimport timm\nmodel = timm.create_model('local-dir:THIS_FOLDER', pretrained=True).eval()\n```\n"
     )
 

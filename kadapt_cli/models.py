@@ -7,7 +7,6 @@ downloads, strictly. kadapt opens the file itself, so no pickle is ever read.
 """
 
 import difflib
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kadapt_cli.errors import ModelError
+from kadapt_cli.runs import digest
 
 BUNDLED = Path(__file__).parent / "assets" / "vit32"
 HUB_TIMEOUT_S = 5.0
@@ -62,7 +62,7 @@ class Backbone:
     """A frozen vision transformer and what is needed to feed, name and rebuild it.
 
     ``module`` maps (B, 3, H, W) float32 images to (B, feature_dim) features. ``digest`` is the sha256 of its state dict
-    as loaded (see `state_digest`). ``projection`` is true for CLIP towers, whose frozen ``head`` stays in place.
+    as loaded (`runs.digest`). ``projection`` is true for CLIP towers, whose frozen ``head`` stays in place.
     """
 
     module: nn.Module
@@ -125,7 +125,7 @@ def load(
         feature_dim=module.head.out_features if projection else module.num_features,
         projection=projection,
         data_config=timm.data.resolve_input_data_config(module, {"img_size": img_size}),
-        digest=state_digest(module),
+        digest=digest(module.state_dict()),
         model_args=arguments,
         license=config.get("license") or "",
     )
@@ -208,15 +208,6 @@ def classifier_keys(backbone: Backbone) -> tuple[str, str]:
     if len(names) != 1:
         raise ModelError(f"{backbone.architecture}: expected one classifier, it has {', '.join(names)}; choose another")
     return f"{names[0]}.weight", f"{names[0]}.bias"
-
-
-def state_digest(module: nn.Module) -> str:
-    """The sha256 over the state dict, by sorted key: key, dtype, shape and bytes of each tensor."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()
 
 
 def _locate(name: str) -> tuple[str, Path | None]:

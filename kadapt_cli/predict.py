@@ -51,7 +51,9 @@ def predict(
     files = [file for image in images for file in _files(image)]
     good, bad = _readable(files)
     if bad and not skip_bad:
-        raise DataError(f"{len(bad)} of {len(files)} images cannot be used: {'; '.join(bad[:5])}; pass --skip-bad to leave them out")
+        raise DataError(
+            f"{len(bad)} of {len(files)} images cannot be used: {'; '.join(bad[:5])}; pass --skip-bad to leave them out"
+        )
     if not good:
         raise DataError("no image is left to classify")
     chosen = choose_device(device)
@@ -61,9 +63,7 @@ def predict(
     return [
         {
             "path": str(file),
-            "classes": [
-                {"name": run.classes[int(c)], "probability": float(p)} for p, c in zip(ps, cs, strict=True)
-            ],
+            "classes": [{"name": run.classes[int(c)], "probability": float(p)} for p, c in zip(ps, cs, strict=True)],
         }
         for file, ps, cs in zip(good, best.values, best.indices, strict=True)
     ], bad

@@ -54,7 +54,7 @@ class Display:
         speed = self._seen / (time.perf_counter() - self._started)
         self._progress.update(self._task, completed=epoch * self._images + done, epoch=epoch + 1, speed=speed)
 
-    def epoch(self, row: dict[str, Any], epochs: int, *, best: bool) -> None:
+    def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """Print a finished epoch: loss, validation accuracy, speed, time left."""
         left = (epochs - row["epoch"]) * row["time_s"]
         validation = ""
@@ -62,7 +62,7 @@ class Display:
             validation = f"  val loss {row['val_loss']:.3f}  val accuracy {row['val_accuracy']:6.1%}"
         self.say(
             f"epoch {row['epoch']:>3}/{epochs}  loss {row['train_loss']:.3f}{validation}  "
-            f"{row['images_per_s']:.0f} images/s  {duration(left)} left{'  best' if best else ''}"
+            f"{row['images_per_s']:.0f} images/s  {duration(left)} left{'  kept' if row['kept'] else ''}"
         )
 
 
@@ -83,9 +83,15 @@ def show_result(result: dict[str, Any], console: Console) -> None:
         console.print(f"{name:<12}{escape(words)}", soft_wrap=True, highlight=False)
 
     data, counts = result["data"], result["parameters"]
-    line("data", f"{data['name']}: {data['classes']} classes, {data['train']} train, {data['val']} val, {data['test']} test")
+    line(
+        "data",
+        f"{data['name']}: {data['classes']} classes, {data['train']} train, {data['val']} val, {data['test']} test",
+    )
     line("model", f"{result['model']}, {counts['backbone']:,} frozen parameters, on {result['device']}")
-    line("trained", f"{counts['trainable']:,} parameters: {result['method']} {counts['adapter']:,}, head {counts['head']:,}")
+    line(
+        "trained",
+        f"{counts['trainable']:,} parameters: {result['method']} {counts['adapter']:,}, head {counts['head']:,}",
+    )
     if "metrics" not in result:
         line("memory", f"about {result['memory_estimate_bytes'] / 2**20:,.0f} MiB for model, optimizer and activations")
         line("run", f"{result['run']} (dry run: nothing was written)")
@@ -93,9 +99,15 @@ def show_result(result: dict[str, Any], console: Console) -> None:
     for split, found in result["metrics"].items():
         if found:
             words = f"accuracy {found['accuracy']:.1%}, balanced {found['balanced_accuracy']:.1%}"
-            line(split, words + (f" (best of {result['epochs']} epochs: {result['best_epoch']})" if split == "val" else ""))
-    line("time", f"{duration(result['time_s'])} of training, {result['images_per_s']:.0f} images/s, "
-                 f"peak memory {result['peak_bytes'] / 2**20:,.0f} MiB")
+            line(
+                split,
+                words + (f" (epoch {result['kept_epoch']} of {result['epochs']} kept)" if split == "val" else ""),
+            )
+    line(
+        "time",
+        f"{duration(result['time_s'])} of training, {result['images_per_s']:.0f} images/s, "
+        f"peak memory {result['peak_bytes'] / 2**20:,.0f} MiB",
+    )
     line("run", result["run"])
     run = shlex.quote(result["run"])
     console.print("\nnext:")

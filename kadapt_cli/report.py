@@ -163,16 +163,10 @@ LEGEND = 76  # y of the legend's words
 MAX_DOTS = 15
 
 
-def best_epoch(history: History) -> int | None:
-    """The epoch of highest validation accuracy; of equal ones the lowest validation loss, then the first.
-
-    None without validation.
-    """
-    rows = [row for row in history if row["val_accuracy"] is not None]
-    if not rows:
-        return None
-    best = min(rows, key=lambda row: (-row["val_accuracy"], math.inf if row["val_loss"] is None else row["val_loss"]))
-    return int(best["epoch"])
+def kept_epoch(history: History) -> int | None:
+    """The epoch whose adapter the run keeps: the last one marked as kept; None without validation."""
+    rows = [row for row in history if row["val_accuracy"] is not None and row["kept"]]
+    return int(rows[-1]["epoch"]) if rows else None
 
 
 @dataclass(frozen=True)
@@ -200,12 +194,12 @@ class _Panel:
 def curves_svg(history: History, title: str) -> str:
     """The learning curves as one self-contained SVG of 720 x 360 px.
 
-    Left the training and validation loss, right the validation accuracy in %, over epochs; `best_epoch` is marked.
+    Left the training and validation loss, right the validation accuracy in %, over epochs; `kept_epoch` is marked.
     Values that are None or not finite are left out of their line.
 
     Args:
         history: A row for each epoch in order, at least one, with `epoch` (from 1), `train_loss` and `val_loss` (nats),
-            `val_accuracy` (in [0, 1]); other keys are ignored.
+            `val_accuracy` (in [0, 1]), `kept` (bool); other keys are ignored.
         title: Printed above the plots, cut where it is too long; whole in the SVG's own title.
 
     Raises:
@@ -228,7 +222,7 @@ def curves_svg(history: History, title: str) -> str:
         _text(16, 26, shown.plain, size=15, weight="bold"),
         *_axes(left, "Loss (nats)"),
         *_axes(right, "Validation accuracy (%)"),
-        *_best(history, left, right),
+        *_kept(history, left, right),
         *_line(left, train, "train_loss", TRAINING, dashes="6 3"),
         *_line(left, val, "val_loss", VALIDATION),
         *_line(right, accuracy, "val_accuracy", VALIDATION),
@@ -308,18 +302,18 @@ def _line(panel: _Panel, points: list[Point], name: str, colour: str, dashes: st
     return parts
 
 
-def _best(history: History, loss: _Panel, accuracy: _Panel) -> list[str]:
-    """A dotted upright at the best epoch in both panels, a ring around its accuracy, and what it is in words."""
-    best = best_epoch(history)
-    if best is None:
+def _kept(history: History, loss: _Panel, accuracy: _Panel) -> list[str]:
+    """A dotted upright at the kept epoch in both panels, a ring around its accuracy, and what it is in words."""
+    kept = kept_epoch(history)
+    if kept is None:
         return []
-    value = next(100 * row["val_accuracy"] for row in history if row["epoch"] == best)
-    parts = [_rule(p.x(best), p.top, p.x(best), p.bottom, INK, dashes="2 3") for p in (loss, accuracy)]
-    for x, y in ((accuracy.x(best), accuracy.y(value)), (accuracy.left + 12, LEGEND - 4)):
+    value = next(100 * row["val_accuracy"] for row in history if row["epoch"] == kept)
+    parts = [_rule(p.x(kept), p.top, p.x(kept), p.bottom, INK, dashes="2 3") for p in (loss, accuracy)]
+    for x, y in ((accuracy.x(kept), accuracy.y(value)), (accuracy.left + 12, LEGEND - 4)):
         parts.append(
-            f'<circle class="best" cx="{x:.2f}" cy="{y:.2f}" r="5" fill="none" stroke="{INK}" stroke-width="1.5"/>'
+            f'<circle class="kept" cx="{x:.2f}" cy="{y:.2f}" r="5" fill="none" stroke="{INK}" stroke-width="1.5"/>'
         )
-    parts.append(_text(accuracy.left + 32, LEGEND, f"best: epoch {best}, {value:.1f} %"))
+    parts.append(_text(accuracy.left + 32, LEGEND, f"kept: epoch {kept}, {value:.1f} %"))
     return parts
 
 

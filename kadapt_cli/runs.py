@@ -87,7 +87,9 @@ def writing(out: Path) -> Iterator[None]:
         lock = FileLock(out / LOCK, timeout=0)
         lock.acquire()
     except Timeout:
-        raise UsageError(f"--out: {out} is being written by another process; wait for it or give another --out") from None
+        raise UsageError(
+            f"--out: {out} is being written by another process; wait for it or give another --out"
+        ) from None
     except OSError as error:
         raise MachineError(f"--out: {out} cannot be written ({error.strerror}); give a folder that can be") from None
     try:
@@ -119,11 +121,6 @@ def commit(path: Path, data: bytes | str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise MachineError(f"{path}: cannot be saved ({error.strerror}); the earlier file is untouched") from None
-
-
-def sha256(data: bytes) -> str:
-    """SHA-256 as hex."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

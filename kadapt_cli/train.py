@@ -1,8 +1,8 @@
-"""`kadapt train`: prepare data and model, fit adapter and head, keep the best epoch, measure it.
+"""`kadapt train`: prepare data and model, fit adapter and head, keep an epoch by validation, measure it.
 
-The loop is deterministic on a CPU: the order of images, their augmentation and the learning rate depend on the seed, the
-epoch and the step alone, and everything else that a step reads is in the state file. A run that is killed at any moment
-and resumed ends with the same adapter as one that was not.
+The loop is deterministic on a CPU: the order of images, their augmentation and the learning rate depend on the seed,
+the epoch and the step alone, and everything else that a step reads is in the state file. A run that is killed at any
+moment and resumed ends with the same adapter as one that was not.
 """
 
 import csv
@@ -63,8 +63,8 @@ class Session:
     epoch: int = 0
     step: int = 0
     history: list[Row] = field(default_factory=list)
-    best: tuple[float, float] | None = None
-    best_epoch: int = 0
+    best: float = 0.0  # validation accuracy
+    kept_epoch: int = 0  # whose adapter is in the run folder
     stop: str = ""
     epoch_time_s: float = 0.0
 
@@ -75,7 +75,7 @@ class Session:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to train: all epochs are done, or validation has stopped improving."""
-        stale = self.val is not None and self.epoch - self.best_epoch >= self.config.patience
+        stale = self.val is not None and self.epoch - self.kept_epoch >= self.config.patience
         return self.epoch >= self.config.epochs or stale
 
 
@@ -230,7 +230,7 @@ def _gradients(session: Session, images: Tensor, labels: Tensor) -> tuple[Tensor
 
 
 def _end_epoch(session: Session, display: Display) -> None:
-    """Validate, note the epoch, keep it if it is the best so far, save."""
+    """Validate, note the epoch, keep it unless an earlier one is clearly better, save."""
     _check_finite(session)
     loss, right, seen = session.sums.tolist()
     row: Row = {
@@ -241,6 +241,7 @@ def _end_epoch(session: Session, display: Display) -> None:
         "train_accuracy": right / seen,
         "val_loss": None,
         "val_accuracy": None,
+        "kept": True,
         "images_per_s": seen / session.epoch_time_s,
         "time_s": session.epoch_time_s,
     }
@@ -248,19 +249,20 @@ def _end_epoch(session: Session, display: Display) -> None:
         values, labels = logits(session.module, session.val, session.device, session.dtype)
         row["val_loss"] = F.cross_entropy(values, labels).item()
         row["val_accuracy"] = (values.argmax(1) == labels).double().mean().item()
+        session.best = max(session.best, row["val_accuracy"])
+        row["kept"] = metrics.within_one_error(row["val_accuracy"], session.best, len(labels))
     session.epoch += 1
     session.epoch_time_s = 0.0
     session.sums.zero_()
     session.history.append(row)
     if session.step >= 2 and len(session.history) <= 2:
         check_live(session.live)
-    key = (row["val_accuracy"], -row["val_loss"]) if session.val is not None else None
-    if key is None or session.best is None or key > session.best:
-        session.best, session.best_epoch = key, session.epoch
+    if row["kept"]:
+        session.kept_epoch = session.epoch
         _save_adapter(session)
     _save_state(session)
     runs.commit(session.out / runs.METRICS, metrics_csv(session.history))
-    display.epoch(row, session.config.epochs, best=session.val is not None and session.best_epoch == session.epoch)
+    display.epoch(row, session.config.epochs)
 
 
 def metrics_csv(history: list[Row]) -> str:
@@ -314,7 +316,7 @@ def estimate_memory(session: Session) -> int:
     activations = sum(size for pointer, size in kept.items() if pointer not in state)
     del output
     trainable = sum(p.numel() * p.element_size() for p in session.parameters.values())
-    return sum(state.values()) + 3 * trainable + activations * min(session.micro, len(session.train))
+    return int(sum(state.values()) + 3 * trainable + activations * min(session.micro, len(session.train)))
 
 
 def _precision(name: str, device: torch.device) -> torch.dtype:
@@ -351,7 +353,7 @@ def _loader(session: Session, batches: list[list[int]]) -> DataLoader[tuple[Tens
 
 
 def _standardise(session: Session) -> None:
-    """Set the head's constants to mean and standard deviation of the training features, and its weight to class means."""
+    """Start the head from the backbone's features of the training images."""
     transform = make_transform(session.adapted.backbone.data_config, augment="none")
     plain = ImageDataset(session.images, "train", transform, seed=session.config.seed)
     features, labels = logits(session.adapted.backbone.module, plain, session.device, session.dtype)
@@ -429,7 +431,10 @@ def _describe(session: Session) -> Row:
 
 def _save_adapter(session: Session) -> None:
     info = runs.save_tensors(
-        session.out / runs.ADAPTER, "adapter", tensors_of(session.adapted), _describe(session) | {"epoch": session.epoch}
+        session.out / runs.ADAPTER,
+        "adapter",
+        tensors_of(session.adapted),
+        _describe(session) | {"epoch": session.epoch},
     )
     runs.commit(session.out / runs.ADAPTER_INFO, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 
@@ -447,7 +452,7 @@ def _save_state(session: Session) -> None:
         "step": session.step,
         "history": session.history,
         "best": session.best,
-        "best_epoch": session.best_epoch,
+        "kept_epoch": session.kept_epoch,
         "micro": session.micro,
         "epoch_time_s": session.epoch_time_s,
         "scaler": session.scaler.state_dict(),
@@ -477,8 +482,8 @@ def _restore(session: Session) -> None:
     torch.set_rng_state(tensors["rng"])
     session.sums.copy_(tensors["sums"])
     session.epoch, session.step, session.history = info["epoch"], info["step"], info["history"]
-    session.best = tuple(info["best"]) if info["best"] else None
-    session.best_epoch, session.micro, session.epoch_time_s = info["best_epoch"], info["micro"], info["epoch_time_s"]
+    session.best, session.kept_epoch = info["best"], info["kept_epoch"]
+    session.micro, session.epoch_time_s = info["micro"], info["epoch_time_s"]
     session.scaler.load_state_dict(info["scaler"])
 
 
@@ -524,7 +529,7 @@ def _finish(session: Session, display: Display) -> Row:
     result |= {
         "metrics": {"val": None, "test": None} | measured,
         "epochs": len(session.history),
-        "best_epoch": info["epoch"],
+        "kept_epoch": info["epoch"],
         "time_s": time_s,
         "images_per_s": seen / time_s,
         "peak_bytes": _peak_bytes(session.device),
@@ -537,8 +542,8 @@ def _finish(session: Session, display: Display) -> Row:
 def _peak_bytes(device: torch.device) -> int:
     """Largest memory in use so far: allocated on the GPU, or resident of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
 
 
 def _device_name(device: torch.device) -> str:

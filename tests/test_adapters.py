@@ -225,5 +225,7 @@ def test_head_constants_fold_into_the_weight():
     head.start(features, torch.arange(40) % 4)
     weight, bias = head.folded()
     with torch.no_grad():
-        torch.testing.assert_close(head(features).double(), F.linear(features.double(), weight, bias), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            head(features).double(), F.linear(features.double(), weight, bias), rtol=0, atol=1e-5
+        )
         assert (head(features).argmax(1) == torch.arange(40) % 4).double().mean() > 0.5

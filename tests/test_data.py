@@ -415,7 +415,9 @@ def test_bad_images_are_refused_by_name_at_most_five(photos: Path) -> None:
     assert skipping.splits == good.splits
     assert skipping.notes[0].startswith("15 of 45 images were left out: rose/")
     for name, reason in reasons.items():
-        assert reason in refused(lambda name=name: read_image(photos / "rose" / name)), name
+        message = refused(lambda name=name: read_image(photos / "rose" / name))
+        assert message.startswith(f"{photos / 'rose' / name}: "), name
+        assert reason in message, name
 
 
 def test_left_out_images_do_not_cost_shots(photos: Path) -> None:
@@ -471,6 +473,26 @@ def test_unreadable_names_are_refused(photos: Path, tasks: Path) -> None:
     os.remove(name)
     os.rename(os.fsencode(photos / "rose"), os.fsencode(photos) + b"/ros\xe9")
     assert r"b'ros\xe9' is not valid UTF-8; rename the folder" in refused(lambda: open_images(str(photos), shots=4))
+
+
+def test_a_message_stays_in_one_line_whatever_the_names(photos: Path) -> None:
+    (photos / "rose" / "line\nbreak {}.jpg").write_bytes(b"damaged")
+    message = refused(lambda: open_images(str(photos), shots=4))
+    assert r"1 of 31 images cannot be used: 'rose/line\nbreak {}.jpg': not an image" in message
+
+
+def test_a_file_that_may_not_be_read_is_named(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = sorted((photos / "rose").iterdir())[2]
+    read = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if path.name == locked.name:
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    message = refused(lambda: open_images(str(photos), shots=4))
+    assert f"1 of 30 images cannot be used: rose/{locked.name}: cannot be read (Permission denied);" in message
 
 
 def test_pipes_are_not_opened(photos: Path) -> None:
@@ -580,13 +602,14 @@ def test_images_that_fit_are_decoded_once(photos: Path, monkeypatch: pytest.Monk
         return decode(content, name)
 
     monkeypatch.setattr(data, "decode_image", counting)
-    images = open_images(str(photos), shots=4)
+    (photos / "rose" / "bad.jpg").write_bytes(b"damaged")
+    images = open_images(str(photos), shots=4, skip_bad=True)
     for split in data.SPLITS:
         dataset = ImageDataset(images, split, make_transform(CONFIG, augment="light"))
         for epoch in range(2):
             dataset.set_epoch(epoch)
             _ = [dataset[index] for index in range(len(dataset))]
-    assert len(calls) == 30
+    assert len(calls) == 31
     assert set(calls.values()) == {1}
 
 
@@ -707,7 +730,7 @@ def test_epoch_order_is_a_seeded_permutation() -> None:
 
 
 def test_manifest_survives_awkward_names(photos: Path) -> None:
-    awkward = 'ro,se "new"\n line 🌹 =1+1'
+    awkward = 'ro,se "new"\r\n line 🌹 =1+1'
     (photos / "rose").rename(photos / awkward)
     first = sorted((photos / "daisy").iterdir())[0]
     first.rename(first.with_name('a, "b"\n🌼.jpg'))

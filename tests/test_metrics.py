@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, top_k_accuracy_score
 
-from kadapt_cli.metrics import ECE_BINS, Interval, Metrics, evaluate
+from kadapt_cli.metrics import ECE_BINS, Interval, Metrics, evaluate, within_one_error
 
 
 def names(n):
@@ -203,3 +203,19 @@ GOOD = np.array([[0.5, 0.5], [0.2, 0.8]])
 def test_wrong_input_is_named(probabilities, labels, resamples, message):
     with pytest.raises(ValueError, match=f"^evaluate: expected .*{message}"):
         evaluate(probabilities, labels, ["ant", "bee"], resamples=resamples)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "best", "images", "within"),
+    [
+        (0.4, 0.6, 5, True),  # one image of five is no evidence: the error is 0.26 at a smoothed 4/7
+        (0.2, 0.6, 5, False),
+        (0.591, 0.6, 5000, True),
+        (0.589, 0.6, 5000, False),
+        (0.8, 1.0, 5, False),
+        (1.0, 1.0, 5, True),
+        (0.0, 0.0, 5, True),
+    ],
+)
+def test_within_one_error(accuracy, best, images, within):
+    assert within_one_error(accuracy, best, images) is within

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kadapt_cli import models
+from kadapt_cli import models, runs
 from kadapt_cli.errors import ModelError
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -258,7 +258,7 @@ def test_random_weights_follow_the_seed_and_leave_the_global_state_alone() -> No
 
 def test_the_digest_changes_with_one_value_and_not_with_a_reload(tmp_path: Path) -> None:
     backbone = models.load("vit32")
-    assert models.load("vit32").digest == backbone.digest == models.state_digest(backbone.module)
+    assert models.load("vit32").digest == backbone.digest == runs.digest(backbone.module.state_dict())
     file = tmp_path / "weights.safetensors"
     state = backbone.module.state_dict()
     save_file(state, file)
@@ -292,6 +292,7 @@ def test_a_complete_model_in_a_folder_loads_in_timm_and_in_kadapt(tmp_path: Path
     complete = models.full_model(backbone, 7).eval()
     weight, bias = models.classifier_keys(backbone)
     assert (complete.state_dict()[weight].shape, complete.state_dict()[bias].shape) == ((7, 192), (7,))
+    assert complete.pretrained_cfg["num_classes"] == 7
     save_file(complete.state_dict(), tmp_path / "model.safetensors")
     config = json.loads((models.BUNDLED / "config.json").read_text()) | {
         "num_classes": 7,

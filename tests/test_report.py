@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from kadapt_cli.metrics import Metrics, evaluate
-from kadapt_cli.report import best_epoch, confusion_csv, confusion_table, curves_svg, metrics_table, per_class_table
+from kadapt_cli.report import confusion_csv, confusion_table, curves_svg, kept_epoch, metrics_table, per_class_table
 
 HOSTILE = ["[red]tulip[/red]", ":rose:", "a\x1b[31mb", "two\nlines", "[/]", "back\\", "漢字"]
 
@@ -182,7 +182,7 @@ def test_confusion_csv_of_plain_names():
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def row(epoch, train_loss, val_loss=None, val_accuracy=None):
+def row(epoch, train_loss, val_loss=None, val_accuracy=None, kept=True):
     return {
         "epoch": epoch,
         "step": 9 * epoch,
@@ -191,6 +191,7 @@ def row(epoch, train_loss, val_loss=None, val_accuracy=None):
         "train_accuracy": 0.5,
         "val_loss": val_loss,
         "val_accuracy": val_accuracy,
+        "kept": kept,
         "images_per_s": 100.0,
         "time_s": 1.0,
     }
@@ -289,7 +290,7 @@ def test_history_without_validation():
     assert "no validation images" in words
     assert [axis(root, "end", 420)[i][1] for i in (0, -1)] == [0, 100]
     assert "validation" not in words  # no legend for a line that is not there
-    assert "best" not in svg
+    assert "kept" not in svg
     assert "no validation images" not in curves_svg(falling(3), "a run")
 
 
@@ -301,28 +302,25 @@ def test_missing_and_infinite_values_are_left_out():
     assert [x for x, _ in line(root, "val_accuracy")] == [420, 700]
 
 
-def test_best_epoch_is_marked_on_its_point():
-    history = [row(1, 2.0, 2.0, 0.5), row(2, 1.0, 1.5, 0.75), row(3, 0.5, 1.7, 0.625)]
+def test_kept_epoch_is_marked_on_its_point():
+    history = [row(1, 2.0, 2.0, 0.5), row(2, 1.0, 1.5, 0.75), row(3, 0.5, 1.7, 0.25, kept=False)]
     root = ET.fromstring(curves_svg(history, "a run"))
-    rings = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter(f"{SVG}circle") if c.get("class") == "best"]
+    rings = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter(f"{SVG}circle") if c.get("class") == "kept"]
     assert line(root, "val_accuracy")[1] in rings
-    assert "best: epoch 2, 75.0 %" in [text for text, _ in texts(root)]
+    assert "kept: epoch 2, 75.0 %" in [text for text, _ in texts(root)]
 
 
 @pytest.mark.parametrize(
-    ("rows", "best"),
+    ("rows", "kept"),
     [
-        ([(2.0, 0.5), (1.0, 0.7), (0.5, 0.6)], 2),
-        ([(2.0, 0.7), (1.0, 0.7), (1.5, 0.7)], 2),
-        ([(1.0, 0.7), (1.0, 0.7)], 1),
-        ([(None, 0.7), (3.0, 0.7)], 2),
-        ([(None, None), (3.0, 0.1)], 2),
-        ([(None, None)], None),
+        ([(0.5, True), (0.7, True), (0.2, False)], 2),
+        ([(0.7, True), (0.7, True)], 2),
+        ([(None, True)], None),
         ([], None),
     ],
 )
-def test_best_epoch(rows, best):
-    assert best_epoch([row(i + 1, 1.0, *pair) for i, pair in enumerate(rows)]) == best
+def test_kept_epoch(rows, kept):
+    assert kept_epoch([row(i + 1, 1.0, 1.0, *pair) for i, pair in enumerate(rows)]) == kept
 
 
 @pytest.mark.parametrize(

@@ -122,19 +122,40 @@ def test_it_learns(photos, tmp_path):
     assert read_metrics(tmp_path / "run")[0]["val_loss"] == ""
 
 
-def test_keeps_the_best_epoch(finished):
+def test_keeps_the_latest_epoch_that_is_not_clearly_worse(finished):
     out, result = finished
     rows = read_metrics(out)
-    best = max(rows, key=lambda row: (float(row["val_accuracy"]), -float(row["val_loss"])))
-    assert result["best_epoch"] == int(best["epoch"])
-    assert result["metrics"]["val"]["accuracy"] == pytest.approx(float(best["val_accuracy"]))
+    best, kept = 0.0, 0
+    for row in rows:
+        accuracy = float(row["val_accuracy"])
+        best = max(best, accuracy)
+        part = (6 * best + 1) / 8
+        clearly_worse = accuracy < best - (2 * part * (1 - part) / 8) ** 0.5
+        assert row["kept"] == str(not clearly_worse)
+        kept = kept if clearly_worse else int(row["epoch"])
+    assert result["kept_epoch"] == kept
+    stored = runs.load_tensors(out / runs.ADAPTER, "adapter")[1]
+    assert stored["epoch"] == kept
+    assert result["metrics"]["val"]["accuracy"] == pytest.approx(float(rows[kept - 1]["val_accuracy"]))
 
 
-def test_stops_when_validation_no_longer_improves(photos, tmp_path):
-    config = config_for(photos, patience=1, lr=0.5, weight_decay=0.0).model_copy(update={"epochs": 30})
+def test_stops_when_validation_gets_clearly_worse(photos, tmp_path, monkeypatch):
+    """Accuracy 1, then 0 from the third epoch: patience 3 ends the run at epoch 5 and keeps the second."""
+    real = training.logits
+
+    def forgetting(module, dataset, *rest):
+        values, labels = real(module, dataset, *rest)
+        if dataset.samples and dataset.samples[0].path in validation:
+            calls.append(1)
+            values = torch.nn.functional.one_hot(labels if len(calls) <= 2 else (labels + 1) % 3, 3).float()
+        return values, labels
+
+    calls: list[int] = []
+    config = config_for(photos, patience=3).model_copy(update={"epochs": 30})
+    validation = {s.path for s in training.prepare(config, tmp_path, quiet()).images.splits["val"]}
+    monkeypatch.setattr(training, "logits", forgetting)
     result = training.train(config, tmp_path / "run", resume=False, display=quiet())
-    assert result["epochs"] < 30
-    assert result["epochs"] == result["best_epoch"] + 1
+    assert (result["epochs"], result["kept_epoch"]) == (5, 2)
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 5, 6, 10])
@@ -163,7 +184,9 @@ def test_killed_at_a_random_moment_and_resumed(finished, photos, tmp_path, trial
     out, _ = finished
     command = [sys.executable, "-m", "kadapt_cli", "train", "--out", str(tmp_path / "run")]
     options = ["--config", str(out / "config.toml"), "--save-every", "0"]
-    (tmp_path / "config.toml").write_text((out / "config.toml").read_text().replace("save_every = 30.0", "save_every = 0.0"))
+    (tmp_path / "config.toml").write_text(
+        (out / "config.toml").read_text().replace("save_every = 30.0", "save_every = 0.0")
+    )
     options = ["--config", str(tmp_path / "config.toml")]
     process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -264,9 +287,7 @@ def test_a_tensor_that_never_gets_a_gradient_is_named(photos, tmp_path, monkeypa
 
 
 def test_dry_run_writes_nothing_and_estimates_memory(photos, tmp_path):
-    small, large = (
-        training.dry_run(config_for(photos, micro_batch=n), tmp_path / "run", quiet()) for n in (1, 8)
-    )
+    small, large = (training.dry_run(config_for(photos, micro_batch=n), tmp_path / "run", quiet()) for n in (1, 8))
     assert not (tmp_path / "run").exists()
     assert "metrics" not in small
     assert small["parameters"]["trainable"] == 9_856 + 3 * 193
@@ -288,7 +309,7 @@ def test_out_that_holds_a_run_asks_for_resume(finished, photos):
 
 
 def test_resume_refuses_other_options(finished, photos):
-    with pytest.raises(UsageError, match=r"--lr: .* was started with 0.005, but 0.1 was given"):
+    with pytest.raises(UsageError, match=r"--lr: .* was started with 0.001, but 0.1 was given"):
         training.train(TrainConfig(lr=0.1), finished[0], resume=True, display=quiet())
 
 
@@ -306,7 +327,9 @@ def test_second_writer_is_refused(photos, tmp_path):
             "import sys; from pathlib import Path; from kadapt_cli import runs\n"
             "with runs.writing(Path(sys.argv[1])): pass"
         )
-        done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True, check=False
+        )
     assert done.returncode != 0
     assert "being written by another process" in done.stderr
 
@@ -351,7 +374,9 @@ def test_a_damaged_adapter_is_refused(finished, tmp_path, damage):
         save_file({"x": torch.zeros(3)}, run / runs.ADAPTER)
     if damage == "pickle":
         torch.save({"x": torch.zeros(3)}, run / runs.ADAPTER)
-    with pytest.raises(ModelError, match=r"adapter.safetensors: (damaged|not a readable|not written by kadapt)") as caught:
+    with pytest.raises(
+        ModelError, match=r"adapter.safetensors: (damaged|not a readable|not written by kadapt)"
+    ) as caught:
         open_run(run)
     assert caught.value.exit_code == 4
 
@@ -369,7 +394,7 @@ def test_commit_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(MachineError, match="No space left on device.*earlier file is untouched") as caught:
+    with pytest.raises(MachineError, match=r"No space left on device.*earlier file is untouched") as caught:
         runs.commit(path, "new")
     assert caught.value.exit_code == 5
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -17,12 +17,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from kadapt_kernels import KronFactors, divisors, kron_delta, kron_linear
 from torch import Tensor, nn
 
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import UsageError
 from kadapt_cli.models import Segment, replace_linear
+from kadapt_kernels import KronFactors, divisors, kron_delta, kron_linear
 
 MAX_TERMS = 32
 BIASED = ("q", "v")
@@ -67,7 +67,7 @@ class KronLinear(nn.Module):
 
 
 def tensor_names(segment: Segment, rule: str) -> dict[str, str]:
-    """The adapter-file names of one segment's tensors, by role: a, b (factored only), u, v and, where it has one, bias."""
+    """Names of one segment's tensors by role: a, b (factored only), u, v and, where it has one, bias."""
     here = f"blocks.{segment.block}.{segment.name}"
     names = {"a": f"rule.{segment.name}.a", "u": f"{here}.u", "v": f"{here}.v"}
     if rule == "factored":

@@ -47,7 +47,13 @@ def eager_kron_linear(
 class _Factored(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, segments: tuple[Rows, ...], *flat: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        segments: tuple[Rows, ...],
+        *flat: Tensor,
     ) -> Tensor:
         groups = [flat[i : i + 4] for i in range(0, len(flat), 4)]
         right = torch.cat([tall(b, v) for _, b, _, v in groups], 1).to(x.dtype)
@@ -91,7 +97,13 @@ def _contract(d_tall: Tensor, a: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 class _Full(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, segments: tuple[Rows, ...], *flat: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        segments: tuple[Rows, ...],
+        *flat: Tensor,
     ) -> Tensor:
         y = F.linear(x, weight, bias)
         for (start, stop), (a, u, v) in zip(segments, _triples(flat), strict=True):
@@ -134,5 +146,7 @@ def _thin(u: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _inner(x: Tensor, rule: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """z = x contracted with v over Q, and w = A_t applied to z: both (M, S, T, r)."""
-    z = (x.view(len(x), rule.shape[1], v.shape[1]) @ _thin(v, x.dtype)).view(len(x), rule.shape[1], v.shape[0], v.shape[2])
+    z = (x.view(len(x), rule.shape[1], v.shape[1]) @ _thin(v, x.dtype)).view(
+        len(x), rule.shape[1], v.shape[0], v.shape[2]
+    )
     return z, torch.einsum("tsc,mctr->mstr", rule.to(x.dtype), z)
