@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from kadapt_cli import __version__
 from kadapt_cli.config import TrainConfig, resolve
 from kadapt_cli.errors import INTERRUPTED, KadaptError
+from kadapt_cli.progress import Display, print_line, show_result
 
 app = typer.Typer(
     name="kadapt",
@@ -38,12 +38,10 @@ def main() -> None:
     try:
         app()
     except KadaptError as error:
-        Console(stderr=True).print(
-            f"[bold red]kadapt:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True, highlight=False
-        )
+        print_line(Console(stderr=True), f"kadapt: {' '.join(str(error).split())}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        Console(stderr=True).print("kadapt: interrupted", highlight=False)
+        print_line(Console(stderr=True), "kadapt: interrupted")
         sys.exit(INTERRUPTED)
 
 
@@ -115,7 +113,6 @@ def train(
     if not skip_bad:
         del given["skip_bad"]
     resolved = resolve(given, config)
-    from kadapt_cli.progress import Display
     from kadapt_cli.runs import default_out
     from kadapt_cli.train import dry_run as run_dry
     from kadapt_cli.train import train as run_train
@@ -128,8 +125,6 @@ def train(
     if as_json:
         _print_json(result)
     else:
-        from kadapt_cli.progress import show_result
-
         show_result(result, Console())
 
 
@@ -171,13 +166,13 @@ def predict(
 
     predictions, left_out = worker.predict(run, images, top=top, device=device, skip_bad=skip_bad)
     for line in left_out:
-        Console(stderr=True).print(f"left out: {escape(line)}", soft_wrap=True, highlight=False)
+        print_line(Console(stderr=True), f"left out: {line}")
     if as_json:
         _print_json({"schema_version": 1, "predictions": predictions})
         return
     for prediction in predictions:
         classes = "  ".join(f"{c['name']} {c['probability']:.1%}" for c in prediction["classes"])
-        Console().print(f"{escape(prediction['path'])}  {escape(classes)}", soft_wrap=True, highlight=False)
+        print_line(Console(), f"{prediction['path']}  {classes}")
 
 
 def merge_weights(
@@ -194,15 +189,14 @@ def merge_weights(
         _print_json(result)
         return
     console = Console()
-    console.print(f"wrote {escape(str(out))}", soft_wrap=True, highlight=False)
-    console.print(
+    print_line(console, f"wrote {out}")
+    print_line(
+        console,
         f"loaded again by timm in a fresh process: largest difference of a logit on {result['images']} images "
         f"{result['max_difference']:.1e}",
-        soft_wrap=True,
-        highlight=False,
     )
     if dtype != "fp32":
-        console.print(f"rounding to {dtype} destroyed {result['rounding_loss']:.1%} of the adapter", highlight=False)
+        print_line(console, f"rounding to {dtype} destroyed {result['rounding_loss']:.1%} of the adapter")
 
 
 app.command("merge-weights")(merge_weights)

@@ -33,8 +33,8 @@ class TrainConfig(BaseModel):
         None, ge=1, description="Training images drawn a class, validation included; all of them when not given."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the draw, the initialisation and the order of images.")
-    epochs: int = Field(60, ge=1, description="Passes over the training images.")
-    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    epochs: int = Field(40, ge=1, description="Passes over the training images.")
+    lr: float = Field(2e-3, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(1e-4, ge=0, description="Weight decay of AdamW.")
     batch_size: int = Field(32, ge=1, description="Images an optimizer step.")
     micro_batch: int | None = Field(
@@ -53,7 +53,7 @@ class TrainConfig(BaseModel):
     terms: int | None = Field(None, ge=1, description="T, Kronecker terms and side of A; up to 32 when not given.")
     rank: int = Field(1, ge=1, description="r, the rank of each block B_t = u_t v_tᵀ.")
     rule: Literal["factored", "full"] = Field("factored", description="A_t as a_t b_tᵀ (factored) or as a full matrix.")
-    scale: float = Field(1.0, gt=0, description="s, the factor before ΔW.")
+    scale: float | None = Field(None, gt=0, description="s, the factor before ΔW; 14/√width when not given.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="Number format of the backbone.")
     pretrained: bool = Field(True, description="Load pretrained weights.")

@@ -4,6 +4,8 @@ A `KadaptError` is printed as one line and ends the command with its code. Anyth
 bug: it shows its traceback and ends with exit code 1.
 """
 
+from collections.abc import Sequence
+
 USAGE = 2
 DATA = 3
 MODEL = 4
@@ -62,3 +64,18 @@ class InterruptedRunError(KadaptError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def shown(text: str) -> str:
+    """A name as it can stand in one line: itself, or its Python form when it has newlines or control characters."""
+    return text if text.isprintable() else repr(text)
+
+
+def visible(text: str) -> str:
+    """Text for a terminal: what is not printable, such as an escape sequence in a file's name, as \\x1b."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def listed(items: Sequence[str]) -> str:
+    """At most five of the items, and a count of the others."""
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

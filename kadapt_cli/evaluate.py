@@ -137,4 +137,4 @@ def run_images(path: Path, data: str, classes: Sequence[str]) -> ImageSet:
     manifest = path / runs.MANIFEST
     if not manifest.is_file():
         raise ModelError(f"{manifest}: missing; restore it, or give the images with --data")
-    return restore(data, parse_manifest(manifest.read_text(encoding="utf-8"), tuple(classes)), tuple(classes))
+    return restore(data, parse_manifest(manifest.read_bytes().decode(), tuple(classes)), tuple(classes))

@@ -19,8 +19,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from kadapt_cli import __version__, runs
-from kadapt_cli.adapters import METHODS, Adapted
-from kadapt_cli.config import TrainConfig
+from kadapt_cli.adapters import Adapted, method
 from kadapt_cli.data import ImageDataset, ImageSet, make_transform, open_images
 from kadapt_cli.errors import CheckFailedError, DataError, UsageError
 from kadapt_cli.evaluate import Run, load_backbone, logits, open_run, run_images
@@ -47,7 +46,7 @@ def merge(path: Path, out: Path, *, dtype: str) -> dict[str, Any]:
         raise UsageError(f"--out: {out} already exists; give a new or empty folder")
     run = open_run(path)
     base = load_backbone(run.config).module.state_dict()  # anew: the run's model has its linears replaced
-    state, loss = merged_state(run.adapted, run.config, base, DTYPES[dtype])
+    state, loss = merged_state(run.adapted, base, DTYPES[dtype])
     _write(run, state, out)
     images = _check_images(run)
     difference = _verify(run, out, images)
@@ -67,9 +66,7 @@ def merge(path: Path, out: Path, *, dtype: str) -> dict[str, Any]:
     return result
 
 
-def merged_state(
-    adapted: Adapted, config: TrainConfig, base: Mapping[str, Tensor], dtype: torch.dtype
-) -> tuple[dict[str, Tensor], float]:
+def merged_state(adapted: Adapted, base: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:
     """The state dict of the merged classifier, in timm's keys, and how much of ΔW its rounding destroyed.
 
     Sums are made in float64 and rounded once. The loss is ‖(round(W + ΔW) − round(W)) − ΔW‖ / ‖ΔW‖ over all adapted
@@ -77,14 +74,13 @@ def merged_state(
 
     Args:
         adapted: The model with its trained adapter and head.
-        config: What it was trained with.
         base: The state dict of its backbone before it was adapted.
         dtype: Of the result.
     """
     state = {key: t.to(torch.float64, copy=True) if t.is_floating_point() else t for key, t in base.items()}
     tensors = {name: parameter.detach().cpu() for name, parameter in adapted.adapter.items()}
     lost, whole = 0.0, 0.0
-    for key, row, delta in METHODS[config.method].deltas(tensors, adapted.segments, config):
+    for key, row, delta in method(adapted.config.method).deltas(tensors, adapted.segments, adapted.config):
         rows = slice(row, row + len(delta))
         before = state[key][rows].clone()
         state[key][rows] += delta

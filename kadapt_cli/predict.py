@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kadapt_cli.data import IMAGE_SUFFIXES, make_transform, read_image
+from kadapt_cli.data import make_transform
 from kadapt_cli.errors import DataError, UsageError
 from kadapt_cli.evaluate import choose_device, logits, open_run, probabilities
+from kadapt_cli.images import IMAGE_SUFFIXES, read_image
 
 
 class _Files(Dataset[tuple[Tensor, int]]):

@@ -7,8 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from kadapt_cli.errors import visible
+
+
+def print_line(console: Console, line: str) -> None:
+    """Print words as they are: no markup, no wrapping, control characters made visible."""
+    console.print(Text(visible(line)), soft_wrap=True)
 
 
 class Display:
@@ -25,7 +32,7 @@ class Display:
     def say(self, line: str) -> None:
         """Print one line above the live display."""
         if not self.quiet:
-            self.console.print(escape(line), highlight=False, soft_wrap=True)
+            print_line(self.console, line)
 
     @contextmanager
     def training(self, epochs: int, images: int) -> Iterator[None]:
@@ -36,12 +43,13 @@ class Display:
         columns = (
             TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
             BarColumn(),
+            TextColumn("{task.fields[state]}"),
             TextColumn("{task.fields[speed]:.0f} images/s"),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
             self._progress = progress
-            self._task = progress.add_task("", total=epochs * images, epoch=1, speed=0.0)
+            self._task = progress.add_task("", total=epochs * images, epoch=1, speed=0.0, state="")
             self._images, self._seen, self._started = images, 0, time.perf_counter()
             yield
         self._progress = None
@@ -57,13 +65,14 @@ class Display:
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """Print a finished epoch: loss, validation accuracy, speed, time left."""
         left = (epochs - row["epoch"]) * row["time_s"]
-        validation = ""
+        state = f"loss {row['train_loss']:.3f}"
         if row["val_accuracy"] is not None:
-            validation = f"  val loss {row['val_loss']:.3f}  val accuracy {row['val_accuracy']:6.1%}"
-        self.say(
-            f"epoch {row['epoch']:>3}/{epochs}  loss {row['train_loss']:.3f}{validation}  "
-            f"{row['images_per_s']:.0f} images/s  {duration(left)} left{'  kept' if row['kept'] else ''}"
-        )
+            state += f"  val loss {row['val_loss']:.3f}  val accuracy {row['val_accuracy']:6.1%}"
+        speed = f"{row['images_per_s']:.0f} images/s"
+        kept = "  kept" if row["kept"] else ""
+        self.say(f"epoch {row['epoch']:>3}/{epochs}  {state}  {speed}  {duration(left)} left{kept}")
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, state=state)
 
 
 def duration(seconds: float) -> str:
@@ -80,7 +89,7 @@ def show_result(result: dict[str, Any], console: Console) -> None:
     """Print what training, or its dry run, came to, and what to type next."""
 
     def line(name: str, words: str) -> None:
-        console.print(f"{name:<12}{escape(words)}", soft_wrap=True, highlight=False)
+        print_line(console, f"{name:<12}{words}")
 
     data, counts = result["data"], result["parameters"]
     line(
@@ -110,6 +119,7 @@ def show_result(result: dict[str, Any], console: Console) -> None:
     )
     line("run", result["run"])
     run = shlex.quote(result["run"])
-    console.print("\nnext:")
+    print_line(console, "")
+    print_line(console, "next:")
     for command in (f"eval {run}", f"predict {run} IMAGE…", f"merge-weights {run} --out {run}-merged"):
-        console.print(f"  kadapt {command}", soft_wrap=True, highlight=False, markup=False)
+        print_line(console, f"  kadapt {command}")

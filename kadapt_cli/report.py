@@ -19,6 +19,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from kadapt_cli.errors import visible
 from kadapt_cli.metrics import Interval, Metrics
 
 MAX_MATRIX_CLASSES = 20
@@ -131,7 +132,7 @@ def _percent(interval: Interval) -> list[str]:
 
 def _plain(name: str) -> Text:
     """A name as it stands: Text reads no markup and no :emoji:; control characters would reach the terminal."""
-    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in name))
+    return Text(visible(name))
 
 
 # confusion.csv

@@ -1,10 +1,14 @@
 """Real photos for the tests: the shared image sets, and small labelled folders copied from them."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Tests run in as many processes as there are cores; torch, imported later, must not start that many threads in each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TASKS = Path(__file__).parents[2] / "shared" / "data" / "tasks"
 

@@ -43,9 +43,17 @@ class Case:
         self.adapted.head.start(self.before, torch.arange(3))
         with torch.no_grad():
             self.adapted.head.weight += 0.01 * torch.randn(self.adapted.head.weight.shape)
+        self.start = {name: p.detach().clone() for name, p in self.adapted.parameters().items()}
+
+    def reset(self) -> None:
+        """Back to the start: the adapter as it was made."""
+        with torch.no_grad():
+            for name, tensor in self.start.items():
+                self.adapted.parameters()[name].copy_(tensor)
 
     def move(self, std: float = 0.3) -> None:
         """Give every trainable tensor of the adapter some non-zero value, as training does."""
+        self.reset()
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for parameter in self.adapted.adapter.values():
@@ -54,13 +62,14 @@ class Case:
 
 @pytest.fixture(scope="module", params=ZOO, ids=[row[0] for row in ZOO])
 def zoo(request):
-    """One model at a time; the tests that share it run in the order of this file, from untouched to moved."""
+    """One model at a time, shared by the tests; each calls `reset` or `move` first."""
     name, size, count = request.param
     return Case(name, size), count
 
 
 def test_starts_equal_to_the_backbone_and_counts(zoo):
     case, count = zoo
+    case.reset()
     with torch.no_grad():
         assert torch.equal(case.backbone.module(case.images), case.before)
     assert sum(p.numel() for p in case.adapted.adapter.values()) == count
@@ -70,6 +79,7 @@ def test_starts_equal_to_the_backbone_and_counts(zoo):
 
 def test_every_tensor_gets_gradient_by_the_second_step(zoo):
     case, _ = zoo
+    case.reset()
     parameters = case.adapted.parameters()
     optimizer = torch.optim.AdamW(parameters.values(), lr=5e-3)
     live = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in parameters.items()}
@@ -99,7 +109,8 @@ def test_does_not_depend_on_the_rest_of_the_batch(zoo):
 
 def test_merged_equals_adapted(zoo):
     case, _ = zoo
-    state, loss = merged_state(case.adapted, case.config, case.base, torch.float32)
+    case.move()
+    state, loss = merged_state(case.adapted, case.base, torch.float32)
     plain = full_model(case.backbone, CLASSES).eval()
     plain.load_state_dict(state, strict=True)
     with torch.no_grad():
@@ -111,6 +122,7 @@ def test_merged_equals_adapted(zoo):
 def test_each_segment_alone_changes_the_output(zoo):
     """q and v of the first block, one at a time: no segment is a silent no-op, none lands on another's rows."""
     case, _ = zoo
+    case.move()
     adapter = case.adapted.adapter
     saved = {name: parameter.detach().clone() for name, parameter in adapter.items()}
     with torch.no_grad():
@@ -120,7 +132,7 @@ def test_each_segment_alone_changes_the_output(zoo):
                     parameter.zero_()
             adapter[f"blocks.0.{segment}.u"].copy_(10 * saved[f"blocks.0.{segment}.u"])
             assert (case.backbone.module(case.images) - case.before).abs().max() > 1e-6
-            state, _ = merged_state(case.adapted, case.config, case.base, torch.float32)
+            state, _ = merged_state(case.adapted, case.base, torch.float32)
             moved = [s for s in segments(load_same(case)) if not torch.equal(*rows(s, case.base, state))]
             assert [(s.block, s.name) for s in moved] == [(0, segment)]
 
@@ -148,7 +160,7 @@ def test_full_rule_starts_equal_is_alive_and_merges():
     case.move(0.05)
     F.cross_entropy(case.adapted.module()(case.images), torch.tensor([0, 1, 2])).backward()
     assert all((p.grad != 0).any() for p in case.adapted.parameters().values())
-    state, _ = merged_state(case.adapted, case.config, case.base, torch.float32)
+    state, _ = merged_state(case.adapted, case.base, torch.float32)
     plain = full_model(case.backbone, CLASSES).eval()
     plain.load_state_dict(state)
     with torch.no_grad():
@@ -178,8 +190,8 @@ def test_both_factors_at_zero_would_never_learn():
 def test_merging_into_bf16_says_how_much_it_destroys():
     case = Case("vit32", 32)
     case.move(0.01)
-    _, exact = merged_state(case.adapted, case.config, case.base, torch.float32)
-    _, rounded = merged_state(case.adapted, case.config, case.base, torch.bfloat16)
+    _, exact = merged_state(case.adapted, case.base, torch.float32)
+    _, rounded = merged_state(case.adapted, case.base, torch.bfloat16)
     assert exact < 1e-4 < 1e-2 < rounded
 
 
@@ -201,12 +213,14 @@ def test_key_segments_get_no_bias():
     assert not [name for name in adapted.adapter if "bias" in name]
 
 
-def test_terms():
+def test_terms_and_scale_are_filled_in():
     available = segments(load("vit32").module)
-    assert kadaptation.resolve_terms(available, None) == 32
-    assert kadaptation.resolve_terms(available, 16) == 16
+    resolved = kadaptation.resolve(TrainConfig(), available)
+    assert (resolved.terms, resolved.scale) == (32, pytest.approx(14 / 192**0.5))
+    given = TrainConfig(terms=16, scale=0.5)
+    assert kadaptation.resolve(given, available) == given
     with pytest.raises(UsageError, match=r"--terms: T must divide the width 192, but 5 was given; choose from \[1, 2"):
-        kadaptation.resolve_terms(available, 5)
+        kadaptation.resolve(TrainConfig(terms=5), available)
 
 
 def test_select():

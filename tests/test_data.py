@@ -8,6 +8,7 @@ import random
 import shutil
 import struct
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 from kadapt_cli import catalog, data
+from kadapt_cli import images as image_files
 from kadapt_cli.data import (
     ImageDataset,
     ImageSet,
@@ -27,10 +29,10 @@ from kadapt_cli.data import (
     open_images,
     open_split,
     parse_manifest,
-    read_image,
     restore,
 )
 from kadapt_cli.errors import DataError, KadaptError
+from kadapt_cli.images import read_image
 
 CONFIG = {
     "input_size": (3, 32, 32),
@@ -394,7 +396,7 @@ def spoil(folder: Path, photo: Path) -> dict[str, str]:
     Image.new("1", (9500, 9500)).save(folder / "i_huge.png")
     # A header that claims 60,000 x 60,000 pixels: nothing may be decoded to find that out.
     header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + header + struct.pack(">I", data.zlib.crc32(header))
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     (folder / "j_bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + png.getvalue()[33:])
     Image.new("L", (1, 10000)).save(folder / "k_thin.png")
     (folder / "l_phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(64))
@@ -443,10 +445,10 @@ def test_a_class_of_bad_images_only_is_refused_even_when_they_are_left_out(photo
 def test_truncated_photos_are_refused_at_every_length(photos: Path, part: int) -> None:
     content = sorted((photos / "rose").iterdir())[0].read_bytes()
     with pytest.raises(DataError):
-        data.decode_image(content[: len(content) * part // 10], "cut.jpg")
+        image_files.decode_image(content[: len(content) * part // 10], "cut.jpg")
 
 
-@pytest.mark.parametrize("kind", data.FORMATS)
+@pytest.mark.parametrize("kind", image_files.FORMATS)
 def test_whatever_byte_is_damaged_the_result_is_rgb_or_a_data_error(kind: str) -> None:
     out = io.BytesIO()
     Image.new("RGB", (4, 4), (9, 8, 7)).save(out, kind)
@@ -455,9 +457,9 @@ def test_whatever_byte_is_damaged_the_result_is_rgb_or_a_data_error(kind: str) -
         for value in (0, 1, 2, 255):
             content = bytearray(out.getvalue())
             content[place] = value
-            with data._quiet():
+            with image_files.quiet_decoder():
                 try:
-                    assert data.decode_image(bytes(content), "x").mode == "RGB"
+                    assert image_files.decode_image(bytes(content), "x").mode == "RGB"
                 except DataError:
                     refusals += 1
     assert refusals > 20
@@ -700,15 +702,24 @@ def test_without_augmentation_tensors_are_kept_while_they_fit(photos: Path, monk
     assert augmented[0][0] is not augmented[0][0]
 
 
-def test_light_keeps_and_strong_changes_more() -> None:
+def test_light_keeps_and_strong_changes_more(photos: Path) -> None:
     light, strong = (str(make_transform(CONFIG, augment=name).steps) for name in ("light", "strong"))
-    assert "scale=(0.6, 1.0), ratio=(0.8, 1.25), interpolation=bicubic" in light
+    assert "scale=(0.35, 1.0), ratio=(0.75, 1.3333), interpolation=bicubic" in light
     assert "Flip" not in light
     assert "ColorJitter" in light
-    assert "scale=(0.3, 1.0)" in strong
-    assert all(
-        part in strong for part in ("interpolation=bicubic", "RandomHorizontalFlip", "RandAugment", "RandomErasing")
-    )
+    assert "scale=(0.2, 1.0)" in strong
+    parts = ("interpolation=bicubic", "RandomHorizontalFlip", "AutoAugment", "ColorJitter", "RandomErasing")
+    assert all(part in strong for part in parts)
+
+
+@pytest.mark.parametrize("augment", ["light", "strong"])
+def test_augmentation_works_on_every_draw(photos: Path, augment: str) -> None:
+    """timm's RandAugment fails now and then with Pillow 13, in posterize: no choice may reach it."""
+    images = open_images(str(photos), shots=4)
+    dataset = ImageDataset(images, "train", make_transform(CONFIG, augment=augment))
+    for epoch in range(100):
+        dataset.set_epoch(epoch)
+        assert all(dataset[i][0].isfinite().all() for i in range(0, len(dataset), 3))
 
 
 def test_the_evaluation_transform_is_timms(photos: Path) -> None:

@@ -223,7 +223,7 @@ def test_micro_batches_give_the_same_gradient(photos, tmp_path):
     parts = training.prepare(config_for(photos, micro_batch=3), tmp_path / "b", quiet())
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 3
     for session in (whole, parts):
-        training._standardise(session)
+        training.start_head(session)
         training._gradients(session, images, labels)
     for name, parameter in whole.parameters.items():
         torch.testing.assert_close(parts.parameters[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
@@ -309,7 +309,7 @@ def test_out_that_holds_a_run_asks_for_resume(finished, photos):
 
 
 def test_resume_refuses_other_options(finished, photos):
-    with pytest.raises(UsageError, match=r"--lr: .* was started with 0.001, but 0.1 was given"):
+    with pytest.raises(UsageError, match=r"--lr: .* was started with 0.002, but 0.1 was given"):
         training.train(TrainConfig(lr=0.1), finished[0], resume=True, display=quiet())
 
 
@@ -405,3 +405,14 @@ def test_files_follow_the_umask(finished):
     mask = os.umask(0)
     os.umask(mask)
     assert {(finished[0] / name).stat().st_mode & 0o777 for name in (runs.ADAPTER, runs.CONFIG)} == {0o666 & ~mask}
+
+
+def test_config_does_not_depend_on_the_working_directory(photos, tmp_path, monkeypatch):
+    """Trained with a relative path, resumed with the same one, and read from elsewhere."""
+    monkeypatch.chdir(photos.parent)
+    config = TrainConfig(data=photos.name, epochs=1, batch_size=32)
+    training.train(config, tmp_path / "run", resume=False, display=quiet())
+    training.train(TrainConfig(data=photos.name), tmp_path / "run", resume=True, display=quiet())
+    monkeypatch.chdir(tmp_path)
+    assert open_run(tmp_path / "run").config.data == str(photos.resolve())
+    training.train(TrainConfig(), tmp_path / "run", resume=True, display=quiet())

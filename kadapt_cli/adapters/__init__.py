@@ -1,7 +1,7 @@
 """Adaptation methods, one file each, and the model that a method makes of a backbone.
 
-A method is a module with four functions: `shapes` and `inject` (its trainable tensors by name), `deltas` (what merging
-adds to the backbone's weights), and `resolve_terms`-like checks of its options inside them. `METHODS` names them all.
+A method is a module with three functions: `resolve` (check its options and fill in what was not given), `inject` (put
+its trainable tensors into the model) and `deltas` (what merging adds to the weights). `METHODS` names them all.
 """
 
 import fnmatch
@@ -66,8 +66,9 @@ class Head(nn.Module):
 
 @dataclass
 class Adapted:
-    """A backbone with an adapter and a head, ready to train: what `adapt` returns."""
+    """A backbone with an adapter and a head, ready to train: what `adapt` returns. `config` is resolved."""
 
+    config: TrainConfig
     backbone: Backbone
     segments: list[Segment]
     adapter: dict[str, nn.Parameter]
@@ -116,5 +117,6 @@ def adapt(backbone: Backbone, config: TrainConfig, classes: int) -> Adapted:
     """Put the configured method's adapter and a zero head on a backbone, which is changed in place."""
     how = method(config.method)
     chosen = select(segments(backbone.module), config.targets)
+    config = how.resolve(config, chosen)
     adapter: dict[str, nn.Parameter] = how.inject(backbone.module, chosen, config)
-    return Adapted(backbone, chosen, adapter, Head(backbone.feature_dim, classes))
+    return Adapted(config, backbone, chosen, adapter, Head(backbone.feature_dim, classes))

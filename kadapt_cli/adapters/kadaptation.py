@@ -4,9 +4,12 @@ One rule (a, b) for all q segments and one for all v segments, each a single Par
 block and segment; one bias of the segments' width per block, added to q and v. On ViT-B (d = 768, T = S = 32, r = 1):
 2 rules · 2·32·32 + 12 blocks · (2 segments · 2·32·24 + 768) = 50,176 trained parameters.
 
-u starts at zero and the rest at random, so the adapted model starts equal to the backbone and every tensor receives a
-gradient from the second step on: at zero u only u (and the bias) can move. Starting with both u and v at zero, as the
-paper's released code does, leaves every gradient of ΔW at zero for ever.
+u starts at zero and the rest as unit normals, so the adapted model starts equal to the backbone and every tensor
+receives a gradient from the second step on: at zero u only u (and the bias) can move. Starting with both u and v at
+zero, as the paper's released code does, leaves every gradient of ΔW at zero for ever.
+
+The scale defaults to 14/√K: a random rank-one direction of x sees numbers of size √K, so the first steps change the
+output alike at any width. The 14 and the learning rate were chosen on six small tasks (benchmarks/README.md).
 
 k never gets a bias: adding one vector to all keys shifts each query's scores by a constant, which softmax ignores.
 
@@ -25,9 +28,8 @@ from kadapt_cli.models import Segment, replace_linear
 from kadapt_kernels import KronFactors, divisors, kron_delta, kron_linear
 
 MAX_TERMS = 32
+SCALE = 14.0
 BIASED = ("q", "v")
-RULE_STD = 1.0
-V_STD = 1.0
 
 
 class KronLinear(nn.Module):
@@ -77,24 +79,26 @@ def tensor_names(segment: Segment, rule: str) -> dict[str, str]:
     return names
 
 
-def resolve_terms(segments: Sequence[Segment], terms: int | None) -> int:
-    """T = S: what was asked for, or the largest common divisor of the widths up to 32.
+def resolve(config: TrainConfig, segments: Sequence[Segment]) -> TrainConfig:
+    """The configuration with T = S and the scale filled in where they were not given.
+
+    T is the largest common divisor of the segments' rows and columns up to 32.
 
     Raises:
-        UsageError: T does not divide every width; lists those that do.
+        UsageError: The T given does not divide all of them; lists those that do.
     """
     fitting = divisors(*{width for s in segments for width in (s.stop - s.start, s.in_features)})
-    if terms is None:
-        return max(t for t in fitting if t <= MAX_TERMS)
+    terms = config.terms or max(t for t in fitting if t <= MAX_TERMS)
     if terms not in fitting:
         width = segments[0].stop - segments[0].start
         raise UsageError(f"--terms: T must divide the width {width}, but {terms} was given; choose from {fitting}")
-    return terms
+    return config.model_copy(update={"terms": terms, "scale": config.scale or SCALE / segments[0].in_features ** 0.5})
 
 
 def shapes(segments: Sequence[Segment], config: TrainConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every adapter tensor by its name: what `inject` makes and an adapter file must hold."""
-    t = resolve_terms(segments, config.terms)
+    """The shape of every adapter tensor by its name, for a resolved configuration."""
+    t = config.terms
+    assert t is not None
     result: dict[str, tuple[int, ...]] = {}
     for segment in segments:
         rows = segment.stop - segment.start
@@ -118,7 +122,6 @@ def initial(segments: Sequence[Segment], config: TrainConfig) -> dict[str, Tenso
             tensors[name] = torch.zeros(shape)
         else:
             tensors[name] = torch.randn(shape, generator=generator)
-            tensors[name] *= V_STD if name.endswith(".v") else RULE_STD
     return tensors
 
 
@@ -129,11 +132,13 @@ def inject(model: nn.Module, segments: Sequence[Segment], config: TrainConfig) -
         The trainable tensors by their names, each once.
     """
     parameters = {name: nn.Parameter(tensor) for name, tensor in initial(segments, config).items()}
+    scale = config.scale
+    assert scale is not None
     by_module: dict[str, list[Segment]] = defaultdict(list)
     for segment in segments:
         by_module[segment.module].append(segment)
     for path, members in by_module.items():
-        linear = replace_linear(model, path, lambda weight, bias: KronLinear(weight, bias, config.scale))
+        linear = replace_linear(model, path, lambda weight, bias: KronLinear(weight, bias, scale))
         assert isinstance(linear, KronLinear)
         for segment in sorted(members, key=lambda s: s.start):
             names = tensor_names(segment, config.rule)
@@ -149,6 +154,7 @@ def deltas(
     tensors: Mapping[str, Tensor], segments: Sequence[Segment], config: TrainConfig
 ) -> Iterator[tuple[str, int, Tensor]]:
     """What merging adds to the backbone's state dict: (key, first row, float64 update), weights then biases."""
+    assert config.scale is not None
     for segment in segments:
         names = tensor_names(segment, config.rule)
         wide = {name: tensors[name].double() for name in names.values()}
