@@ -49,7 +49,7 @@ def predict(
     if top < 1:
         raise UsageError(f"--top: expected 1 or more, but {top} was given")
     run = open_run(path)
-    files = [file for image in images for file in _files(image)]
+    files = [file for image in images for file in _below(image)]
     good, bad = _readable(files)
     if bad and not skip_bad:
         raise DataError(
@@ -70,7 +70,7 @@ def predict(
     ], bad
 
 
-def _files(path: Path) -> list[Path]:
+def _below(path: Path) -> list[Path]:
     """The file itself, or all images below a folder but hidden ones, by path; links to folders are not followed."""
     if not path.is_dir():
         return [path]

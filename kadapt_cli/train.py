@@ -12,6 +12,7 @@ import math
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,15 @@ from torch.utils.data import DataLoader, Dataset
 from kadapt_cli import metrics, report, runs
 from kadapt_cli.config import TrainConfig, read_toml, resolve, to_toml
 from kadapt_cli.data import ImageDataset, epoch_order, make_transform, manifest_csv
-from kadapt_cli.errors import DivergedError, InterruptedRunError, KadaptError, MachineError, UsageError
+from kadapt_cli.errors import (
+    INTERRUPTED,
+    TERMINATED,
+    DivergedError,
+    InterruptedRunError,
+    MachineError,
+    ModelError,
+    UsageError,
+)
 from kadapt_cli.evaluate import fill, logits, probabilities
 from kadapt_cli.progress import Display
 from kadapt_cli.session import (
@@ -43,7 +52,8 @@ from kadapt_cli.session import (
 )
 
 SCHEMA_VERSION = 1
-SEEDED_WORKERS = 4
+WORKERS = 4
+LIVE_EPOCHS = 2  # in which gradients are looked at; the first may have a single step, too few for A and v to get one
 CHECK_EVERY = 16  # steps between looks at the loss on a GPU, where each look waits for it
 
 
@@ -83,6 +93,7 @@ def fit(session: Session, display: Display) -> None:
         while not session.finished:
             _run_epoch(session, display)
             _end_epoch(session, display)
+            _leave_if_asked(session)
 
 
 def _run_epoch(session: Session, display: Display) -> None:
@@ -104,12 +115,16 @@ def _run_epoch(session: Session, display: Display) -> None:
             _check_finite(session)
             save_state(session)
             saved = now
-        if session.stop:
-            raise InterruptedRunError(
-                f"{session.stop}: saved after {session.step} steps; go on with: "
-                f"kadapt train --out {session.out} --resume",
-                143 if session.stop == "SIGTERM" else 130,
-            )
+        _leave_if_asked(session)
+
+
+def _leave_if_asked(session: Session) -> None:
+    """Raise when a signal has come; the state is saved."""
+    if session.stop:
+        raise InterruptedRunError(
+            f"{session.stop}: saved after {session.step} steps; go on with: kadapt train --out {session.out} --resume",
+            TERMINATED if session.stop == "SIGTERM" else INTERRUPTED,
+        )
 
 
 def _step(session: Session, images: Tensor, labels: Tensor, display: Display) -> None:
@@ -130,9 +145,10 @@ def _step(session: Session, images: Tensor, labels: Tensor, display: Display) ->
             torch.cuda.empty_cache()
         display.say(f"out of memory: now {session.micro} images at a time, still {session.config.batch_size} a step")
     session.scaler.unscale_(session.optimizer)
-    for name, parameter in session.parameters.items():
-        assert parameter.grad is not None
-        session.live[name] |= parameter.grad != 0
+    if session.epoch < LIVE_EPOCHS:
+        for name, parameter in session.parameters.items():
+            if parameter.grad is not None:
+                session.live[name] |= parameter.grad != 0
     session.scaler.step(session.optimizer)
     session.scaler.update()
     session.step += 1
@@ -179,7 +195,7 @@ def _end_epoch(session: Session, display: Display) -> None:
     session.epoch_time_s = 0.0
     session.sums.zero_()
     session.history.append(row)
-    if session.step >= 2 and len(session.history) <= 2:
+    if session.step >= 2 and session.epoch <= LIVE_EPOCHS:
         check_live(session.live)
     if row["kept"]:
         session.kept_epoch = session.epoch
@@ -199,10 +215,10 @@ def metrics_csv(history: list[Row]) -> str:
 
 
 def check_live(live: dict[str, Tensor]) -> None:
-    """Raise `KadaptError` naming the trainable tensors that have not had a non-zero gradient yet."""
+    """Raise `ModelError` naming the trainable tensors that have not had a non-zero gradient yet."""
     dead = [name for name, mask in live.items() if not mask.any()]
     if dead:
-        raise KadaptError(
+        raise ModelError(
             f"{len(dead)} of {len(live)} trainable tensors never received a gradient ({', '.join(dead[:3])}"
             f"{', …' if len(dead) > 3 else ''}): this model does not use the layers they sit on; choose other --targets"
         )
@@ -214,7 +230,7 @@ def _loader(session: Session, batches: list[list[int]]) -> DataLoader[tuple[Tens
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=min(SEEDED_WORKERS, os.cpu_count() or 1) if on_gpu else 0,
+        num_workers=min(WORKERS, os.cpu_count() or 1) if on_gpu else 0,
         pin_memory=on_gpu,
         generator=torch.Generator(),  # of its own, so that starting a loader leaves the global one alone
     )
@@ -239,7 +255,7 @@ def _signals(session: Session, display: Display) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if session.stop:
-            os._exit(130 if number == signal.SIGINT else 143)
+            os._exit(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
         session.stop = signal.Signals(number).name
         display.say(f"{session.stop}: saving; once more to quit at once")
 
@@ -297,6 +313,7 @@ def _finish(session: Session, display: Display) -> Row:
             confusion = report.confusion_csv(found.confusion, session.images.classes)
     if measured:
         runs.commit(session.out / runs.CONFUSION, confusion)
+    runs.commit(session.out / runs.METRICS, metrics_csv(session.history))  # the last commit may have come too late
     title = f"{session.images.name}: {session.config.method} on {session.config.model}"
     runs.commit(session.out / runs.CURVES, report.curves_svg(session.history, title))
     result = _summary(session)
@@ -320,7 +337,8 @@ def _peak_bytes(device: torch.device) -> int:
     """Largest memory in use so far: allocated on the GPU, or resident of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
 
 
 def _device_name(device: torch.device) -> str:

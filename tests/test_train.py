@@ -282,7 +282,7 @@ def test_a_tensor_that_never_gets_a_gradient_is_named(photos, tmp_path, monkeypa
         return {n: torch.zeros_like(t) if n.endswith(".v") else t for n, t in real(segments, config).items()}
 
     monkeypatch.setattr(kadaptation, "initial", both_zero)
-    with pytest.raises(KadaptError, match=r"28 of 36 trainable tensors never received a gradient \(rule.q.a, "):
+    with pytest.raises(ModelError, match=r"28 of 36 trainable tensors never received a gradient \(rule.q.a, "):
         training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
 
 
@@ -416,3 +416,47 @@ def test_config_does_not_depend_on_the_working_directory(photos, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert open_run(tmp_path / "run").config.data == str(photos.resolve())
     training.train(TrainConfig(), tmp_path / "run", resume=True, display=quiet())
+
+
+def test_a_tensor_outside_the_graph_is_named_too(photos, tmp_path, monkeypatch):
+    """A layer that the model never calls leaves no gradient at all."""
+    real = training.prepare
+
+    def with_a_stray(*arguments, **options):
+        session = real(*arguments, **options)
+        session.parameters["stray"] = torch.nn.Parameter(torch.zeros(2))
+        session.live["stray"] = torch.zeros(2, dtype=torch.bool)
+        return session
+
+    monkeypatch.setattr(training, "prepare", with_a_stray)
+    with pytest.raises(ModelError, match=r"1 of 37 trainable tensors never received a gradient \(stray\)") as caught:
+        training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
+    assert caught.value.exit_code == 4
+
+
+def test_killed_before_the_last_row_of_metrics_was_written(finished, tmp_path):
+    import shutil
+
+    out, _ = finished
+    run = shutil.copytree(out, tmp_path / "run")
+    lines = (run / runs.METRICS).read_text().splitlines(keepends=True)
+    (run / runs.METRICS).write_text("".join(lines[:-1]))
+    (run / runs.RESULT).unlink()
+    training.train(TrainConfig(), run, resume=True, display=quiet())
+    assert (run / runs.METRICS).read_text() == "".join(lines)
+    assert (run / runs.RESULT).exists()
+
+
+def test_a_signal_during_validation_stops_before_the_measurement(photos, tmp_path, monkeypatch):
+    real = training._end_epoch
+
+    def interrupted(session, display):
+        real(session, display)
+        if session.epoch == session.config.epochs:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training, "_end_epoch", interrupted)
+    with pytest.raises(KadaptError, match="SIGTERM: saved after 12 steps") as caught:
+        training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
+    assert caught.value.exit_code == 143
+    assert not (tmp_path / "run" / runs.RESULT).exists()
