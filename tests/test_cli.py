@@ -250,6 +250,7 @@ WRONG = [
     (["--data", "/nonexistent"], 3, ["/nonexistent"]),
     (["--config", "/nonexistent.toml"], 2, ["/nonexistent.toml", "cannot be read"]),
     (["--resume"], 2, ["--resume", "--out"]),
+    (["--device", "cuda"], 5, ["--device cuda", "no usable CUDA GPU"]),
 ]
 
 
@@ -259,6 +260,7 @@ WRONG = [
 def test_wrong_options(run_cli, tmp_path, monkeypatch, options, code, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refuse(run_cli("train", *options), code, *words)
     assert list(tmp_path.iterdir()) == []
 

@@ -460,3 +460,16 @@ def test_a_signal_during_validation_stops_before_the_measurement(photos, tmp_pat
         training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
     assert caught.value.exit_code == 143
     assert not (tmp_path / "run" / runs.RESULT).exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bit_training_is_close_to_fp32(finished, photos, tmp_path, precision):
+    """The first epoch's loss agrees to 2 %, factors stay fp32, and the run evaluates like any other."""
+    config = config_for(photos, precision=precision).model_copy(update={"epochs": 1})
+    result = training.train(config, tmp_path / "run", resume=False, display=quiet())
+    loss, wanted = (float(read_metrics(run)[0]["train_loss"]) for run in (tmp_path / "run", finished[0]))
+    assert loss == pytest.approx(wanted, rel=0.02)
+    assert loss != wanted
+    tensors, _ = runs.load_tensors(tmp_path / "run" / runs.ADAPTER, "adapter")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert 0 <= result["metrics"]["test"]["accuracy"] <= 1
