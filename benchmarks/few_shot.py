@@ -124,21 +124,27 @@ def append(file: Path, key: tuple[Any, ...], scores: dict[str, float]) -> dict[s
 
 
 def summarise(rows: list[dict[str, Any]]) -> None:
-    """Print mean validation accuracy by setting, then mean test accuracy of the chosen one by shots and task."""
+    """Print mean validation accuracy by learning rate, then mean test accuracy of the chosen rate by task.
+
+    Rates that were not run with all seeds, having been dropped on the way, are shown but not chosen.
+    """
     tasks = sorted({row["task"] for row in rows})
     for shots in sorted({int(row["shots"]) for row in rows}):
         here = [row for row in rows if int(row["shots"]) == shots]
-        settings = sorted({str(r["lr"]) for r in here if r["method"] == "kadaptation"})
-        by_setting = {lr: [r for r in here if str(r["lr"]) == lr] for lr in settings}
-        for lr, chosen in by_setting.items():
-            print(f"{shots} shots, lr {lr}: validation {mean(chosen, tasks, 'val_accuracy'):.1f}")
-        best = max(settings, key=lambda lr: mean(by_setting[lr], tasks, "val_accuracy"))
+        by_rate = {r["lr"]: [o for o in here if o["lr"] == r["lr"]] for r in here if r["method"] == "kadaptation"}
+        for lr, chosen in sorted(by_rate.items()):
+            seeds = sorted({str(row["seed"]) for row in chosen})
+            validation = mean(chosen, tasks, "val_accuracy")
+            print(f"{shots} shots, lr {lr}, seeds {' '.join(seeds)}: validation {validation:.1f}")
+        most = max(len(chosen) for chosen in by_rate.values())
+        whole = {lr: chosen for lr, chosen in by_rate.items() if len(chosen) == most}
+        best = max(whole, key=lambda lr: mean(whole[lr], tasks, "val_accuracy"))
         groups = {m: [r for r in here if r["method"] == m] for m in ("linear", "linear+val")}
-        groups[f"kadaptation, lr {best}"] = by_setting[best]
-        print(f"{shots} shots, test accuracy {'':17}" + "".join(f"{task[:12]:>13}" for task in [*tasks, "mean"]))
+        groups[f"kadaptation, lr {best}"] = whole[best]
+        print(f"{shots:>2} shots, test" + "".join(f"{task[:12]:>13}" for task in [*tasks, "mean"]))
         for name, chosen in groups.items():
             each = [mean(chosen, [task], "test_accuracy") for task in tasks]
-            print(f"{name:40}" + "".join(f"{m:13.1f}" for m in [*each, mean(chosen, tasks, "test_accuracy")]))
+            print(f"{name:22}" + "".join(f"{m:13.1f}" for m in [*each, mean(chosen, tasks, "test_accuracy")]))
 
 
 def mean(rows: list[dict[str, Any]], tasks: list[str], key: str) -> float:

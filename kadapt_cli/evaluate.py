@@ -15,8 +15,8 @@ from kadapt_cli import metrics, runs
 from kadapt_cli.adapters import Adapted, adapt
 from kadapt_cli.config import TrainConfig, resolve
 from kadapt_cli.data import ImageDataset, ImageSet, make_transform, open_split, parse_manifest, restore
-from kadapt_cli.errors import MachineError, ModelError
-from kadapt_cli.models import load
+from kadapt_cli.errors import DataError, MachineError, ModelError, UsageError
+from kadapt_cli.models import Backbone, load
 
 EVALUATION_BATCH = 128
 
@@ -50,7 +50,7 @@ def open_run(path: Path) -> Run:
     tensors, info = runs.load_tensors(path / runs.ADAPTER, "adapter")
     try:
         config, classes, expected = resolve(info["config"]), tuple(info["classes"]), info["model"]["digest"]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, UsageError):
         raise ModelError(f"{path / runs.ADAPTER}: its description is incomplete; restore it or train again") from None
     backbone = load_backbone(config)
     if backbone.digest != expected:
@@ -63,7 +63,7 @@ def open_run(path: Path) -> Run:
     return Run(path, info, config, adapted, classes)
 
 
-def load_backbone(config: TrainConfig) -> Any:
+def load_backbone(config: TrainConfig) -> Backbone:
     """The configured backbone, frozen."""
     weights = Path(config.weights) if config.weights else None
     return load(config.model, pretrained=config.pretrained, weights=weights, img_size=config.img_size, seed=config.seed)
@@ -118,6 +118,9 @@ def evaluate(path: Path, *, data: str | None, split: str, device: str, skip_bad:
     """
     run = open_run(path)
     images = images_of(run, data, split, skip_bad)
+    if not images.splits[split]:
+        there = ", ".join(f"{name} {len(samples)}" for name, samples in images.splits.items() if samples)
+        raise DataError(f"--split {split}: there are no such images ({there}); choose another split, or give --data")
     transform = make_transform(run.adapted.backbone.data_config, augment="none")
     dataset = ImageDataset(images, split, transform, seed=run.config.seed)
     chosen = choose_device(device)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from kadapt_cli.errors import visible
+from kadapt_cli.errors import listed, visible
 
 
 def print_line(console: Console, line: str) -> None:
@@ -96,6 +96,7 @@ def show_result(result: dict[str, Any], console: Console) -> None:
         "data",
         f"{data['name']}: {data['classes']} classes, {data['train']} train, {data['val']} val, {data['test']} test",
     )
+    line("classes", listed(result["class_names"]))
     line("model", f"{result['model']}, {counts['backbone']:,} frozen parameters, on {result['device']}")
     line(
         "trained",

@@ -292,6 +292,7 @@ def _summary(session: Session) -> Row:
         "model": session.config.model,
         "data": {"name": session.images.name, "classes": len(session.images.classes)}
         | {split: len(splits[split]) for split in ("train", "val", "test")},
+        "class_names": list(session.images.classes),
         "parameters": {"backbone": frozen, "trainable": adapter + head, "adapter": adapter, "head": head},
         "device": _device_name(session.device),
     }

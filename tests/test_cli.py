@@ -107,6 +107,11 @@ def test_eval(run_cli, trained):
     assert "sunflower" in table
 
 
+def test_eval_of_a_split_that_is_empty(run_cli, photos, tmp_path):
+    assert run_cli("train", "--data", photos, "--val", "none", "--out", tmp_path / "run", *FAST)[0] == 0
+    refuse(run_cli("eval", tmp_path / "run", "--split", "val"), 3, "--split val", "train 24, test 6")
+
+
 def test_eval_on_another_folder_uses_the_runs_classes(run_cli, trained, tasks, tmp_path):
     for name in ("tulip", "rose"):
         (tmp_path / "other" / name).mkdir(parents=True)
@@ -225,7 +230,8 @@ def test_demo_dry_run(run_cli, tmp_path):
     assert "metrics" not in result
     assert not (tmp_path / "run").exists()
     _, words, _ = run_cli("train", "--dry-run", "--out", tmp_path / "run")
-    assert "nothing was written" in words
+    for part in ("nothing was written", "0, 1, 2, 3, 4 and 5 more", "9,856", "1,930", "MiB", str(tmp_path / "run")):
+        assert part in words
 
 
 def test_no_pretrained_says_so_loudly(run_cli, tmp_path):
