@@ -34,7 +34,7 @@ class TrainConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the draw, the initialisation and the order of images.")
     epochs: int = Field(40, ge=1, description="Passes over the training images.")
-    lr: float = Field(2e-3, gt=0, description="Peak learning rate.")
+    lr: float = Field(4e-3, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(1e-4, ge=0, description="Weight decay of AdamW.")
     batch_size: int = Field(32, ge=1, description="Images an optimizer step.")
     micro_batch: int | None = Field(

@@ -35,6 +35,8 @@ class Case:
         for key, parameter in self.backbone.module.named_parameters():
             if "gamma" in key:  # layer scales start at 1e-6 to 0.1, which would hide what the layers do
                 parameter.data.fill_(0.5)
+            if key == "head.bias":  # a CLIP tower's frozen projection, which would start at zero
+                parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(4))
         self.images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             self.before = self.backbone.module(self.images)

@@ -309,7 +309,7 @@ def test_out_that_holds_a_run_asks_for_resume(finished, photos):
 
 
 def test_resume_refuses_other_options(finished, photos):
-    with pytest.raises(UsageError, match=r"--lr: .* was started with 0.002, but 0.1 was given"):
+    with pytest.raises(UsageError, match=r"--lr: .* was started with 0.004, but 0.1 was given"):
         training.train(TrainConfig(lr=0.1), finished[0], resume=True, display=quiet())
 
 
