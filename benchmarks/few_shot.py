@@ -3,8 +3,8 @@
 TASKS is a folder of image folders. For each task, number of shots and seed both methods get the same draw of training
 and validation images and the same test images, the rest of the task. Nothing is chosen on the test images.
 
-kadaptation   `kadapt train` at each learning rate given, else at its default; the epoch is kept by validation.
-              The rate with the highest mean validation accuracy is what the summary shows.
+kadaptation   `kadapt train` at each learning rate and scale given, else at its defaults; the epoch is kept by
+              validation. The pair with the highest mean validation accuracy is what the summary shows.
 linear        scikit-learn's L-BFGS logistic regression on the frozen backbone's features, standardised; C is the best
               of seven in validation (the smaller of equals), and the test is of the fit on the training images alone.
 linear+val    the same C, fitted on training and validation images.
@@ -40,7 +40,7 @@ from kadapt_cli.progress import Display
 from kadapt_cli.train import train
 
 CHOICES_OF_C = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-KEYS = ("method", "task", "shots", "seed", "lr")
+KEYS = ("method", "task", "shots", "seed", "lr", "scale")
 
 
 def linear_probe(task: Path, shots: int, seed: int) -> dict[str, dict[str, float]]:
@@ -65,10 +65,10 @@ def linear_probe(task: Path, shots: int, seed: int) -> dict[str, dict[str, float
     }
 
 
-def kadaptation(task: Path, shots: int, seed: int, lr: float) -> dict[str, float]:
-    """Validation and test accuracy of `kadapt train` at a learning rate."""
+def kadaptation(task: Path, shots: int, seed: int, lr: float, scale: float | None) -> dict[str, float]:
+    """Validation and test accuracy of `kadapt train` at a learning rate and scale (None: its own)."""
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(data=str(task), shots=shots, seed=seed, lr=lr)
+        config = TrainConfig(data=str(task), shots=shots, seed=seed, lr=lr, scale=scale)
         display = Display(Console(stderr=True), quiet=True)
         result = train(config, Path(folder) / "run", resume=False, display=display)
     return {f"{split}_accuracy": result["metrics"][split]["accuracy"] for split in ("val", "test")}
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lr", type=float, nargs="+", default=[TrainConfig.model_fields["lr"].default])
+    parser.add_argument("--scale", type=float, nargs="+", default=[None])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore", ConvergenceWarning)
@@ -90,13 +91,13 @@ def main() -> None:
     rows = read(options.csv)
     done = {tuple(str(row[key]) for key in KEYS) for row in rows}
     for shots, seed, task in itertools.product(options.shots, options.seeds, tasks):
-        if ("linear+val", task.name, str(shots), str(seed), "") not in done:
+        if ("linear+val", task.name, str(shots), str(seed), "", "") not in done:
             for method, scores in linear_probe(task, shots, seed).items():
-                rows.append(append(options.csv, (method, task.name, shots, seed, ""), scores))
-        for lr in options.lr:
-            key = ("kadaptation", task.name, shots, seed, lr)
+                rows.append(append(options.csv, (method, task.name, shots, seed, "", ""), scores))
+        for lr, scale in itertools.product(options.lr, options.scale):
+            key = ("kadaptation", task.name, shots, seed, lr, "" if scale is None else scale)
             if tuple(map(str, key)) not in done:
-                rows.append(append(options.csv, key, kadaptation(task, shots, seed, lr)))
+                rows.append(append(options.csv, key, kadaptation(task, shots, seed, lr, scale)))
     summarise(rows)
 
 
@@ -124,27 +125,29 @@ def append(file: Path, key: tuple[Any, ...], scores: dict[str, float]) -> dict[s
 
 
 def summarise(rows: list[dict[str, Any]]) -> None:
-    """Print mean validation accuracy by learning rate, then mean test accuracy of the chosen rate by task.
+    """Print mean validation accuracy by setting, then mean test accuracy of the chosen setting by task.
 
-    Rates that were not run with all seeds, having been dropped on the way, are shown but not chosen.
+    Settings that were not run with all seeds, having been dropped on the way, are shown but not chosen.
     """
     tasks = sorted({row["task"] for row in rows})
     for shots in sorted({int(row["shots"]) for row in rows}):
         here = [row for row in rows if int(row["shots"]) == shots]
-        by_rate = {r["lr"]: [o for o in here if o["lr"] == r["lr"]] for r in here if r["method"] == "kadaptation"}
-        for lr, chosen in sorted(by_rate.items()):
-            seeds = sorted({str(row["seed"]) for row in chosen})
-            validation = mean(chosen, tasks, "val_accuracy")
-            print(f"{shots} shots, lr {lr}, seeds {' '.join(seeds)}: validation {validation:.1f}")
-        most = max(len(chosen) for chosen in by_rate.values())
-        whole = {lr: chosen for lr, chosen in by_rate.items() if len(chosen) == most}
-        best = max(whole, key=lambda lr: mean(whole[lr], tasks, "val_accuracy"))
+        settings: dict[str, list[dict[str, Any]]] = {}
+        for row in here:
+            if row["method"] == "kadaptation":
+                settings.setdefault(f"lr {row['lr']} scale {row['scale'] or 'default'}", []).append(row)
+        for name, chosen in sorted(settings.items()):
+            seeds = " ".join(sorted({str(row["seed"]) for row in chosen}))
+            print(f"{shots} shots, {name}, seeds {seeds}: validation {mean(chosen, tasks, 'val_accuracy'):.1f}")
+        most = max(len(chosen) for chosen in settings.values())
+        whole = {name: chosen for name, chosen in settings.items() if len(chosen) == most}
+        best = max(whole, key=lambda name: mean(whole[name], tasks, "val_accuracy"))
         groups = {m: [r for r in here if r["method"] == m] for m in ("linear", "linear+val")}
-        groups[f"kadaptation, lr {best}"] = whole[best]
-        print(f"{shots:>2} shots, test" + "".join(f"{task[:12]:>13}" for task in [*tasks, "mean"]))
+        groups[f"kadaptation, {best}"] = whole[best]
+        print(f"{shots:>2} shots, test" + " " * 25 + "".join(f"{task[:12]:>13}" for task in [*tasks, "mean"]))
         for name, chosen in groups.items():
             each = [mean(chosen, [task], "test_accuracy") for task in tasks]
-            print(f"{name:22}" + "".join(f"{m:13.1f}" for m in [*each, mean(chosen, tasks, "test_accuracy")]))
+            print(f"{name:39}" + "".join(f"{m:13.1f}" for m in [*each, mean(chosen, tasks, "test_accuracy")]))
 
 
 def mean(rows: list[dict[str, Any]], tasks: list[str], key: str) -> float:
