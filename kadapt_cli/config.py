@@ -22,7 +22,8 @@ class TrainConfig(BaseModel):
     The field descriptions are the help texts of ``kadapt train``. Errors are `UsageError`, raised by `resolve`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # Built on first use: `kadapt --help` reads the descriptions only.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     data: str = Field(
         "demo", min_length=1, description="A folder of classes, 'demo', or a named set (torch/…, hfds/…)."

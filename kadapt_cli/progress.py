@@ -4,13 +4,15 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from kadapt_cli.errors import listed, visible
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 def print_line(console: Console, line: str) -> None:
@@ -40,6 +42,8 @@ class Display:
         if self.quiet or not self.console.is_terminal:
             yield
             return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
         columns = (
             TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
             BarColumn(),
