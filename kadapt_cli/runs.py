@@ -2,7 +2,7 @@
 
     config.toml           the resolved configuration; `kadapt train --config` repeats the run
     manifest.csv          every image used: path, class, split, size, digest
-    adapter.safetensors   the adapter and head of the best epoch, with all that is needed to rebuild the model
+    adapter.safetensors   the adapter and head of the kept epoch, with all that is needed to rebuild the model
     adapter.json          a readable copy of what adapter.safetensors says of itself
     state.safetensors     where training stands: adapter, head, optimizer, RNG, history; `--resume` goes on from it
     metrics.csv           a row per epoch

@@ -183,7 +183,6 @@ def test_resume_from_any_step_ends_with_the_same_bits(finished, photos, tmp_path
 def test_killed_at_a_random_moment_and_resumed(finished, photos, tmp_path, trial):
     out, _ = finished
     command = [sys.executable, "-m", "kadapt_cli", "train", "--out", str(tmp_path / "run")]
-    options = ["--config", str(out / "config.toml"), "--save-every", "0"]
     (tmp_path / "config.toml").write_text(
         (out / "config.toml").read_text().replace("save_every = 30.0", "save_every = 0.0")
     )
