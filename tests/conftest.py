@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
-# Tests run in as many processes as there are cores; torch, imported later, must not start that many threads in each.
+# Tests run in as many processes as there are cores; torch must not start that many threads in each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch  # reads the line above
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which must be known before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TASKS = Path(__file__).parents[2] / "shared" / "data" / "tasks"
 

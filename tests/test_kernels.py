@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kadapt_kernels import KronFactors, divisors, kron_delta, kron_linear, kron_merge
+from kadapt_kernels import KronFactors, divisors, kron_delta, kron_linear, kron_merge, reference
 
 # T, S, P (one a segment), Q, r, leading shape: ones, primes, non-square blocks, odd row counts, no rows
 SHAPES = [
@@ -154,25 +155,27 @@ def test_factor_gradients_are_fp32_beside_bf16_inputs():
     assert {t.grad.dtype for group in fp32 for t in group} == {torch.float32}
 
 
-def test_never_holds_a_matrix_of_the_size_of_the_weight():
-    """Neither forward nor backward makes a tensor as large as W: ΔW and dW are never formed."""
+def test_factored_never_holds_a_matrix_of_the_size_of_the_weight():
+    """Neither forward nor backward makes a tensor as large as a segment of W: ΔW and dΔW are never formed."""
     d, rows = 256, 4
-    x = torch.randn(rows, d, requires_grad=True)
-    weight = torch.randn(3 * d, d)
+    x, weight, dy = torch.randn(rows, d), torch.randn(3 * d, d), torch.randn(rows, 3 * d)
     factors = make_factors((8, 8, (32, 32), 32, 1, ()), "factored", torch.float32)
-    largest = []
+    segments = [(0, d), (2 * d, 3 * d)]
+    made = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             for t in out if isinstance(out, tuple | list) else [out]:
                 if isinstance(t, Tensor) and t.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
-                    largest.append(t.numel())
+                    made.append(t.numel())
             return out
 
-    with Watch():
-        kron_linear(x, weight, None, factors, segments=[(0, d), (2 * d, 3 * d)]).sum().backward()
-    assert 0 < max(largest) < d * d
+    with Watch(), torch.no_grad():
+        _, h = reference.factored_forward(x, weight, None, factors, segments, 1.0)
+        reference.factored_backward(dy, x, weight, h, factors, segments, 1.0, True)
+    assert rows * 3 * d in made
+    assert max(made) < d * d
 
 
 def test_inputs_are_not_changed():
@@ -189,22 +192,28 @@ def test_inputs_are_not_changed():
         ({"segments": [(0, 20)]}, "one KronFactors a segment, but 2 for 1"),
         ({"segments": [(0, 20), (20, 41)]}, r"S·P = 20 must be the segment's 21 rows .* choose S from \[1\]"),
         ({"segments": [(0, 20), (40, 60)]}, r"within 0\.\.48"),
-        ({"backend": "cuda"}, "backend must be one of auto, eager, triton, but 'cuda'"),
+        ({"backend": "cuda"}, "backend must be one of auto, eager, merge, triton, but 'cuda'"),
         ({"x": torch.zeros(2, 9, dtype=torch.float64)}, r"must fit, but \(2, 9\), \(48, 8\)"),
-        ({"x": torch.zeros(2, 8)}, "share a dtype"),
+        ({"bias": torch.zeros(47, dtype=torch.float64)}, r"bias must have shape \(48,\), but \(47,\)"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), but 1.0"),
+        ({"dropout": 0.5, "backend": "eager"}, "dropout = 0.5 has no factored form; use backend='merge'"),
     ],
 )
 def test_wrong_arguments_say_what_to_do(change, message):
     x, weight, bias, factors, segments = make_case(SHAPES[0], "factored")
-    arguments = {"x": x, "segments": segments} | change
+    arguments = {"x": x, "bias": bias, "segments": segments} | change
     with pytest.raises(ValueError, match=message):
-        kron_linear(arguments.pop("x"), weight, bias, factors, **arguments)
+        kron_linear(arguments.pop("x"), weight, arguments.pop("bias"), factors, **arguments)
 
 
-def test_triton_by_name_says_why_it_cannot_run():
+def test_dtypes_that_do_not_go_together_are_named():
     x, weight, bias, factors, segments = make_case(SHAPES[0], "factored")
-    with pytest.raises(RuntimeError, match="no Triton kernels"):
-        kron_linear(x, weight, bias, factors, segments=segments, backend="triton")
+    with pytest.raises(TypeError, match=r"share one float dtype, but torch.float32, torch.float64, torch.float64"):
+        kron_linear(x.float(), weight, bias, factors, segments=segments)
+    with pytest.raises(
+        TypeError, match=r"0: factors must be torch.float32 beside x of torch.bfloat16, but .*64"
+    ):
+        kron_linear(x.bfloat16(), weight.bfloat16(), None, factors, segments=segments)
 
 
 def test_divisors():

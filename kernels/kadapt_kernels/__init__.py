@@ -1,9 +1,19 @@
-"""Kronecker-adapted linear layers: the definition, the factored path, and (to come) the fused Triton kernels.
+"""Kronecker-adapted linear layers: the definition, PyTorch and fused Triton kernels behind one function.
 
-Tensors and numbers only; imports torch and nothing of kadapt.
+Tensors and numbers only; imports torch and, where a kernel is launched, triton, and nothing of kadapt.
 """
 
 from kadapt_kernels.factors import KronFactors, divisors, kron_delta, tall
-from kadapt_kernels.ops import kron_linear, kron_merge
+from kadapt_kernels.ops import BACKENDS, FUSED_RANK, kron_linear, kron_merge, why_no_triton
 
-__all__ = ["KronFactors", "divisors", "kron_delta", "kron_linear", "kron_merge", "tall"]
+__all__ = [
+    "BACKENDS",
+    "FUSED_RANK",
+    "KronFactors",
+    "divisors",
+    "kron_delta",
+    "kron_linear",
+    "kron_merge",
+    "tall",
+    "why_no_triton",
+]

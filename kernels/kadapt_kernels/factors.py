@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Rows = tuple[int, int]  # [start, stop) of a segment's rows of W
+
 
 class KronFactors(NamedTuple):
     """The factors of one segment's ΔW; fp32 in training, any float dtype for the oracle.

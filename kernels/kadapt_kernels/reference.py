@@ -1,91 +1,180 @@
-"""y = x Wᵀ + bias, plus s · x ΔWᵀ on some row segments, in plain PyTorch with a hand-written backward.
+"""y = x Wᵀ + bias, plus s · x ΔWᵀ on some row segments, in plain PyTorch: two forms, forward and backward.
 
 This is the CPU path and what every kernel is held against. Shapes: x (M, K), W (N, K), dy (M, N); one segment has rows
-[start, stop) of W and factors (a, b, u, v) as in `factors`. With the tall factors L (rows, R) and R (K, R):
+[start, stop) of W and factors (a, b, u, v) as in `factors`. With the tall factors L (rows, R) and R (K, R) of a
+factored A_t, R = T·r:
 
-    forward    h = x R            y[:, seg] += h (s L)ᵀ
-    backward   g = dy[:, seg] (s L)    dx = dy W + g Rᵀ    d(sL) = dy[:, seg]ᵀ h    dR = xᵀ g
+    factored   h = x R            y[:, seg] += h (s L)ᵀ
+               g = dy[:, seg] (s L)    dx = dy W + g Rᵀ    d(sL) = dy[:, seg]ᵀ h    dR = xᵀ g
 
-and dL, dR are contracted to da, du, db, dv, which are as small as the factors. ΔW and dW (rows·K numbers each) never
-exist. Extra work over the frozen layer: forward M·R·(K + rows) multiply-adds a segment, backward twice that, against
-M·K·N; extra saved activations x (the frozen layer saves none) and h. The tall factors of all segments lie side by side,
-so that x is read once.
+    merged     W' = W + s ΔW      y = x W'ᵀ
+               dx = dy W'         dΔW = dy[:, seg]ᵀ x, contracted; or dL, dR as above, where that is less work
 
-A full A_t is applied between the two thin products instead (x as (M, S, Q), contract Q, then S with A_t, then widen
-to P): M·T·r·(K + S² + rows) multiply-adds.
+and dL, dR or dΔW are contracted to da, du, db, dv, which are as small as the factors.
 
-The scale is folded into the fp32 factors, products are rounded once to the dtype of x, factor gradients are fp32.
+Extra multiply-adds a segment over the frozen layer's M·K·N, forward: factored M·R·(K + rows), merged R·rows·K, hence
+merged for many rows. Gradients: factored M·R·(K + rows) for g and dR beside as much for dL; dΔW M·rows·K. Both save x
+(the frozen layer saves nothing), factored also h.
+
+The scale is folded into the fp32 factors, ΔW is composed in fp32, products and W' are rounded once to the dtype of x,
+factor gradients are fp32.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kadapt_kernels.factors import KronFactors, tall
-
-Rows = tuple[int, int]
+from kadapt_kernels.factors import KronFactors, Rows, kron_delta, tall
 
 
-def eager_kron_linear(
+def factored_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     factors: Sequence[KronFactors],
     segments: Sequence[Rows],
     scale: float,
+) -> tuple[Tensor, Tensor]:
+    """y (M, N) and h (M, R of all segments side by side, so that x is read once)."""
+    right, left = sides(factors, scale, x.dtype)
+    h = x @ right
+    y = F.linear(x, weight, bias)
+    for (start, stop), columns, side in zip(segments, h.split([s.shape[1] for s in left], 1), left, strict=True):
+        y[:, start:stop].addmm_(columns, side.t())
+    return y, h
+
+
+def factored_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    factors: Sequence[KronFactors],
+    segments: Sequence[Rows],
+    scale: float,
+    need_dx: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """dx (M, K) and da, db, du, dv of every segment."""
+    right, left = sides(factors, scale, x.dtype)
+    g = _g(dy, left, segments)
+    dx = (dy @ weight).addmm_(g, right.t()) if need_dx else None
+    return dx, low_rank_gradients(dy, x, h, g, factors, segments, scale)
+
+
+def merged_weight(
+    weight: Tensor, factors: Sequence[KronFactors], segments: Sequence[Rows], scale: float, dropout: float, seed: int
 ) -> Tensor:
-    """The adapted linear of `kadapt_kernels.kron_linear`, unchecked; x (M, K) of the weight's dtype gives (M, N)."""
-    function = _Full if any(group.b is None for group in factors) else _Factored
-    flat = [tensor for group in factors for tensor in group if tensor is not None]
-    result: Tensor = function.apply(x, weight, bias, scale, tuple(segments), *flat)
-    return result
+    """W' (N, K) = W + s·ΔW in the dtype of W; with dropout that share of ΔW's elements is zero, the rest larger."""
+    merged = weight.clone()
+    masks = _masks(factors, dropout, seed)
+    for (start, stop), group, mask in zip(segments, factors, masks, strict=True):
+        if mask is None and group.b is not None and group.a.dtype == weight.dtype:
+            merged[start:stop].addmm_(tall(group.a * scale, group.u), tall(group.b, group.v).t())
+        else:
+            delta = kron_delta(group, scale)
+            merged[start:stop] = (weight[start:stop] + (delta if mask is None else delta * mask)).to(weight.dtype)
+    return merged
 
 
-class _Factored(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        segments: tuple[Rows, ...],
-        *flat: Tensor,
-    ) -> Tensor:
-        groups = [flat[i : i + 4] for i in range(0, len(flat), 4)]
-        right = torch.cat([tall(b, v) for _, b, _, v in groups], 1).to(x.dtype)
-        left = [tall(a * scale, u).to(x.dtype) for a, _, u, _ in groups]
-        h = x @ right
-        y = F.linear(x, weight, bias)
-        for (start, stop), columns, side in zip(segments, h.split([m.shape[1] for m in left], 1), left, strict=True):
-            y[:, start:stop].addmm_(columns, side.t())
-        ctx.save_for_backward(x, weight, h, right, *left, *flat)
-        ctx.scale, ctx.segments, ctx.has_bias = scale, segments, bias is not None
-        return y
+def merged_gradients(
+    dy: Tensor,
+    x: Tensor,
+    factors: Sequence[KronFactors],
+    segments: Sequence[Rows],
+    scale: float,
+    dropout: float,
+    seed: int,
+) -> list[Tensor]:
+    """da, db, du, dv (da, du, dv where A_t is full) of every segment by the cheaper of the two ways."""
+    if not dropout and all(group.b is not None and low_rank_is_cheaper(group) for group in factors):
+        right, left = sides(factors, scale, x.dtype)
+        return low_rank_gradients(dy, x, x @ right, _g(dy, left, segments), factors, segments, scale)
+    gradients: list[Tensor] = []
+    for (start, stop), group, mask in zip(segments, factors, _masks(factors, dropout, seed), strict=True):
+        dw = wide_mm(dy[:, start:stop].t(), x, group.a.dtype)
+        gradients += dense_gradients(dw if mask is None else dw * mask, group, scale)
+    return gradients
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        (dy,) = grads
-        n = len(ctx.segments)
-        x, weight, h, right, *rest = ctx.saved_tensors
-        left, flat = rest[:n], rest[n:]
-        groups = [flat[i : i + 4] for i in range(0, len(flat), 4)]
-        parts = [dy[:, start:stop] for start, stop in ctx.segments]
-        ranks = [side.shape[1] for side in left]
-        g = torch.cat([part @ side for part, side in zip(parts, left, strict=True)], 1)
-        dx = dy.mm(weight).addmm_(g, right.t()) if ctx.needs_input_grad[0] else None
-        small: list[Tensor] = []
-        d_right = (x.t() @ g).float() if x.dtype != torch.float64 else x.t() @ g
-        for group, part, columns, dr in zip(groups, parts, h.split(ranks, 1), d_right.split(ranks, 1), strict=True):
-            a, b, u, v = group
-            da, du = _contract((part.t() @ columns).to(a.dtype) * ctx.scale, a, u)
-            db, dv = _contract(dr.to(b.dtype), b, v)
-            small += [da, db, du, dv]
-        dbias = dy.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        return dx, None, dbias, None, None, *small
+
+def low_rank_is_cheaper(group: KronFactors) -> bool:
+    """Whether h, g, dL and dR cost less than dΔW: a thin multiply-add costs about 1.5 of a square product's."""
+    rows, columns, rank = group.out_features, group.in_features, group.u.shape[0] * group.u.shape[2]
+    return 1.5 * 2 * rank * (rows + columns) < rows * columns
+
+
+def low_rank_gradients(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    g: Tensor,
+    factors: Sequence[KronFactors],
+    segments: Sequence[Rows],
+    scale: float,
+) -> list[Tensor]:
+    """da, db, du, dv of every segment from h = x R and g = dy (s L), both (M, R of all segments)."""
+    ranks = [group.u.shape[0] * group.u.shape[2] for group in factors]
+    dtype = factors[0].a.dtype
+    gradients: list[Tensor] = []
+    d_right = wide_mm(x.t(), g, dtype).split(ranks, 1)
+    for (start, stop), group, columns, dr in zip(segments, factors, h.split(ranks, 1), d_right, strict=True):
+        a, b, u, v = group
+        assert b is not None
+        da, du = _contract(wide_mm(dy[:, start:stop].t(), columns, dtype) * scale, a, u)
+        db, dv = _contract(dr, b, v)
+        gradients += [da, db, du, dv]
+    return gradients
+
+
+def dense_gradients(dw: Tensor, group: KronFactors, scale: float) -> list[Tensor]:
+    """da, db, du, dv (da, du, dv where A_t is full) from dΔW (rows, K) in the factors' dtype."""
+    a, b, u, v = group
+    if b is not None:
+        da, du = _contract((dw @ tall(b, v)) * scale, a, u)
+        db, dv = _contract(dw.t() @ tall(a * scale, u), b, v)
+        return [da, db, du, dv]
+    blocks = dw.view(a.shape[1], u.shape[1], a.shape[1], v.shape[1]) * scale
+    z = torch.einsum("ipjq,tqr->ijtpr", blocks, v)
+    return [
+        torch.einsum("ijtpr,tpr->tij", z, u),
+        torch.einsum("ijtpr,tij->tpr", z, a),
+        torch.einsum("tpq,tpr->tqr", torch.einsum("ipjq,tij->tpq", blocks, a), u),
+    ]
+
+
+def total_bias(
+    weight: Tensor, bias: Tensor | None, shifts: Sequence[Tensor], segments: Sequence[Rows]
+) -> Tensor | None:
+    """bias (N,) with each segment's shift added on its rows, in the dtype of W; None if there is neither."""
+    if not shifts:
+        return bias
+    total = shifts[0].new_zeros(len(weight)) if bias is None else bias.to(shifts[0].dtype, copy=True)
+    for (start, stop), shift in zip(segments, shifts, strict=True):
+        total[start:stop] += shift
+    return total.to(weight.dtype)
+
+
+def shift_gradients(dy: Tensor, shifts: Sequence[Tensor], segments: Sequence[Rows]) -> list[Tensor]:
+    """The column sums of dy over each segment, in the shifts' dtype."""
+    return [dy[:, start:stop].sum(0, dtype=shift.dtype) for (start, stop), shift in zip(segments, shifts, strict=False)]
+
+
+def sides(factors: Sequence[KronFactors], scale: float, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """R of all segments side by side, (K, R of all), and s·L of each, (rows, R); rounded once to the dtype."""
+    right = torch.cat([tall(b, v) for _, b, _, v in factors if b is not None], 1).to(dtype)
+    return right, [tall(a * scale, u).to(dtype) for a, _, u, _ in factors]
+
+
+def wide_mm(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """x @ y in the wide dtype, from 16-bit operands without rounding the sums where the device can do that."""
+    if x.is_cuda and x.dtype != dtype and torch.version.hip is None:
+        return torch.mm(x, y, out_dtype=dtype)
+    return (x @ y).to(dtype)
+
+
+def _g(dy: Tensor, left: Sequence[Tensor], segments: Sequence[Rows]) -> Tensor:
+    return torch.cat([dy[:, start:stop] @ side for (start, stop), side in zip(segments, left, strict=True)], 1)
 
 
 def _contract(d_tall: Tensor, a: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,59 +183,13 @@ def _contract(d_tall: Tensor, a: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("sptr,tpr->ts", d, u), torch.einsum("sptr,ts->tpr", d, a)
 
 
-class _Full(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        segments: tuple[Rows, ...],
-        *flat: Tensor,
-    ) -> Tensor:
-        y = F.linear(x, weight, bias)
-        for (start, stop), (a, u, v) in zip(segments, _triples(flat), strict=True):
-            _, w = _inner(x, a * scale, v)
-            y[:, start:stop] += (w.flatten(2) @ _thin(u, x.dtype).t()).flatten(1)
-        ctx.save_for_backward(x, weight, *flat)
-        ctx.scale, ctx.segments, ctx.has_bias = scale, segments, bias is not None
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        (dy,) = grads
-        x, weight, *flat = ctx.saved_tensors
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        small: list[Tensor] = []
-        for (start, stop), (a, u, v) in zip(ctx.segments, _triples(flat), strict=True):
-            z, w = _inner(x, a * ctx.scale, v)  # recomputed: M·S·T·r numbers are too many to keep
-            dy3 = dy[:, start:stop].reshape(len(x), a.shape[1], u.shape[1])
-            gw = (dy3 @ _thin(u, x.dtype)).view_as(w)
-            gz = torch.einsum("tsc,mstr->mctr", (a * ctx.scale).to(x.dtype), gw)
-            x3 = x.view(len(x), a.shape[1], v.shape[1])
-            da = torch.einsum("mstr,mctr->tsc", gw, z).to(a.dtype) * ctx.scale
-            du = torch.einsum("msp,mstr->tpr", dy3, w).to(u.dtype)
-            dv = torch.einsum("mcq,mctr->tqr", x3, gz).to(v.dtype)
-            if dx is not None:
-                dx += (gz.flatten(2) @ _thin(v, x.dtype).t()).flatten(1)
-            small += [da, du, dv]
-        dbias = dy.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        return dx, None, dbias, None, None, *small
-
-
-def _triples(flat: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    return [flat[i : i + 3] for i in range(0, len(flat), 3)]
-
-
-def _thin(u: Tensor, dtype: torch.dtype) -> Tensor:
-    """(T, P, r) as a matrix (P, T·r)."""
-    return u.permute(1, 0, 2).flatten(1).to(dtype)
-
-
-def _inner(x: Tensor, rule: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """z = x contracted with v over Q, and w = A_t applied to z: both (M, S, T, r)."""
-    z = (x.view(len(x), rule.shape[1], v.shape[1]) @ _thin(v, x.dtype)).view(
-        len(x), rule.shape[1], v.shape[0], v.shape[2]
-    )
-    return z, torch.einsum("tsc,mctr->mstr", rule.to(x.dtype), z)
+def _masks(factors: Sequence[KronFactors], dropout: float, seed: int) -> list[Tensor | None]:
+    """What each ΔW is multiplied with: 0 for the dropped share, 1/(1 - dropout) for the rest; None without dropout."""
+    if not dropout:
+        return [None] * len(factors)
+    generator = torch.Generator(factors[0].a.device).manual_seed(seed)
+    masks: list[Tensor | None] = []
+    for group in factors:
+        draw = torch.rand(group.out_features, group.in_features, generator=generator, device=group.a.device)
+        masks.append((draw >= dropout).to(group.a.dtype) / (1 - dropout))
+    return masks
