@@ -1,0 +1,168 @@
+"""What every Triton kernel here is built from: a launch as a value, the layout of a call, and device functions.
+
+A call's layout is known when a kernel is compiled, so it is passed as constants, not as tables in memory:
+
+    blocks    ((start, stop, adapter), ...)   all rows of W in order; adapter is an index, or -1 for frozen rows
+    shapes    ((S, P, Q, T, r), ...)          of each adapter
+
+R is the padded number of columns that each adapter has in h and g: the largest T·r, as a power of two of at least 16
+(the smallest contraction of a tensor core). Columns beyond T·r are zero.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kadapt_kernels.factors import KronFactors, Rows
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+class Launch(NamedTuple):
+    """One kernel with everything it is launched with, so that it can be run or compiled ahead of time."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    warps: int
+    stages: int
+
+    def run(self) -> None:
+        """Launch on the current device of the tensors among the arguments; empty grids are left out."""
+        if 0 in self.grid:
+            return
+        self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
+
+
+class Layout(NamedTuple):
+    """The constants of a call: which rows carry which adapter, and the adapters' shapes."""
+
+    blocks: tuple[tuple[int, int, int], ...]
+    shapes: tuple[tuple[int, int, int, int, int], ...]
+    columns: int
+
+    @property
+    def alignment(self) -> int:
+        """The largest power of two up to 16 that divides every block's first row."""
+        return gcd(16, *(start for start, _, _ in self.blocks))
+
+    def divides(self, block_n: int) -> bool:
+        """Whether tiles of that many rows never reach over the end of a block."""
+        return all((stop - start) % block_n == 0 for start, stop, _ in self.blocks)
+
+
+def layout(factors: Sequence[KronFactors], segments: Sequence[Rows], rows: int) -> Layout:
+    """The layout of a weight of that many rows whose segments carry the (factored) factors."""
+    blocks, end = [], 0
+    for adapter, (start, stop) in sorted(enumerate(segments), key=lambda item: item[1]):
+        if start > end:
+            blocks.append((end, start, -1))
+        blocks.append((start, stop, adapter))
+        end = stop
+    if end < rows:
+        blocks.append((end, rows, -1))
+    shapes = tuple((f.a.shape[1], f.u.shape[1], f.v.shape[1], f.u.shape[0], f.u.shape[2]) for f in factors)
+    columns = padded_rank(max((t * r for _, _, _, t, r in shapes), default=0))
+    return Layout(tuple(blocks), shapes, columns)
+
+
+def padded_rank(rank: int) -> int:
+    """R for adapters of ranks T·r up to `rank`."""
+    return max(16, int(triton.next_power_of_2(rank)))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How a dot multiplies: fp32 as PyTorch is set to on CUDA (ieee unless TF32 is allowed), 16 bits exactly."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def row_stride(tensor: Tensor) -> int:
+    """The stride between rows; an empty or one-row tensor may report anything, its width is as good."""
+    return tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]
+
+
+@triton.jit
+def dot(x, w, acc, PRECISION: tl.constexpr):
+    """acc + x @ w with fp32 accumulation.
+
+    The interpreter multiplies bf16 bit patterns, so it gets fp32 operands there: the products of 16-bit numbers are
+    exact in fp32.
+    """
+    if INTERPRETED:
+        return acc + tl.dot(x.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(x, w, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def columns(
+    a, u, scale, rows, SIDE: tl.constexpr, LENGTH: tl.constexpr, T: tl.constexpr, r: tl.constexpr, R: tl.constexpr
+):
+    """The tile (R, rows) of a tall factor: s · a_t[row // LENGTH] · u_t[row % LENGTH, ρ] at (t·r + ρ, row), else 0.
+
+    a is (T, SIDE), u is (T, LENGTH, r), both fp32 and contiguous: neighbouring rows are neighbours in memory.
+    """
+    i = tl.arange(0, R)[:, None]
+    t = i // r
+    j = (rows // LENGTH)[None, :]
+    k = (rows % LENGTH)[None, :]
+    inside = (i < T * r) & (rows < SIDE * LENGTH)[None, :]
+    left = tl.load(a + t * SIDE + j, mask=inside, other=0.0)
+    right = tl.load(u + (t * LENGTH + k) * r + i % r, mask=inside, other=0.0)
+    return scale * left * right
+
+
+@triton.jit
+def load_tile(
+    source,
+    row0,
+    column0,
+    stride,
+    rows,
+    columns,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """The tile (R, C) at (row0, column0) of a matrix (rows, columns); zeros outside. A descriptor or a pointer."""
+    if DESCRIPTOR:
+        return source.load([row0, column0])
+    else:
+        row = row0 + tl.arange(0, R)
+        column = column0 + tl.arange(0, C)
+        at = source + row[:, None].to(tl.int64) * stride + column[None, :]
+        if EVEN_R and EVEN_C:
+            return tl.load(at)
+        elif EVEN_C:
+            return tl.load(at, mask=(row < rows)[:, None], other=0.0)
+        elif EVEN_R:
+            return tl.load(at, mask=(column < columns)[None, :], other=0.0)
+        else:
+            return tl.load(at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def locate(chunk, SIZE: tl.constexpr, BLOCKS: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """The chunk-th run of up to SIZE rows when each block is cut on its own: its first row, its block's first row and
+    stop, and the adapter."""
+    row0 = 0
+    start = 0
+    stop = 0
+    adapter = -1
+    first = 0
+    for b in tl.static_range(len(BLOCKS)):
+        count = (BLOCKS[b][1] - BLOCKS[b][0] + SIZE - 1) // SIZE
+        here = (chunk >= first) & (chunk < first + count)
+        row0 = tl.where(here, BLOCKS[b][0] + (chunk - first) * SIZE, row0)
+        start = tl.where(here, BLOCKS[b][0], start)
+        stop = tl.where(here, BLOCKS[b][1], stop)
+        adapter = tl.where(here, BLOCKS[b][2], adapter)
+        first += count
+    return tl.multiple_of(row0, ALIGNMENT), start, stop, adapter

@@ -1,0 +1,299 @@
+"""y = x Wᵀ + bias + (x R)(s L)ᵀ on the adapted rows, in one kernel: the row-fused forward.
+
+A program owns BLOCK_M rows of x and a chunk of up to TILES · BLOCK_N rows of W that lie in one block of the layout.
+While it multiplies its first tile it also accumulates h = x R in registers (the x tile is there already, R is K·R
+numbers); each tile then ends with one rank-R step against s Lᵀ, which is composed there from the factors a and u. So
+neither ΔW nor L is ever in memory, x is read as often as the frozen layer reads it, and h is written once, for the
+backward.
+
+Extra work over the frozen layer for one segment: M·R·(rows/(TILES·BLOCK_N)·K + rows) multiply-adds; extra bytes M·R.
+R in the inner loop is composed by `compose` beforehand (K·R numbers): composing it there would have to wait for every
+product of the loop, since a tensor core reads its operand from shared memory. In the epilogue nothing waits.
+
+Without adapters the same kernel is the frozen layer: the baseline that tells the cost of the fusion from that of the
+matrix product.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kadapt_kernels.blocks import Launch, Layout, columns, dot, layout, load_tile, locate, precision, row_stride
+from kadapt_kernels.factors import KronFactors, Rows
+from kadapt_kernels.tiles import Tile, aligned, forward_tile
+
+COMPOSE_ROWS = 64
+SHIFT_ROWS = 512
+LANGUAGE_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def compose_kernel(out, a, u, rows, SHAPES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """out (rows, G·R): the right tall factors b_t ⊗ v_t of all adapters side by side, in the dtype of out."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.arange(0, COLUMNS)
+    for g in tl.static_range(len(SHAPES)):
+        tile = columns(a[g], u[g], 1.0, offs, SHAPES[g][0], SHAPES[g][2], SHAPES[g][3], SHAPES[g][4], COLUMNS)
+        at = out + offs[:, None] * (len(SHAPES) * COLUMNS) + g * COLUMNS + i[None, :]
+        tl.store(at, tile.T.to(out.dtype.element_ty), mask=(offs < rows)[:, None])
+
+
+@triton.jit
+def shift_kernel(total, bias, shifts, N, SEGMENTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """total (N,) fp32: the bias, if there is one, plus each segment's shift on its rows."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    for g in tl.static_range(len(SEGMENTS)):
+        inside = (n >= SEGMENTS[g][0]) & (n < SEGMENTS[g][1])
+        acc += tl.load(shifts[g] + n - SEGMENTS[g][0], mask=inside, other=0.0)
+    tl.store(total + n, acc, mask=n < N)
+
+
+@triton.jit
+def forward_kernel(
+    x,
+    w,
+    bias,
+    y,
+    h,
+    right,
+    a,
+    u,
+    scale,
+    M,
+    stride_xm,
+    stride_wn,
+    stride_ym,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SHAPES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Program = (row block, chunk); the chunks of one row block are neighbours, so that x stays in the cache."""
+    G: tl.constexpr = len(SHAPES)
+    EVEN_K: tl.constexpr = K % BLOCK_K == 0
+    pid = tl.program_id(0)
+    m0 = (pid // CHUNKS) * BLOCK_M
+    chunk0, start, stop, adapter = locate(pid % CHUNKS, TILES * BLOCK_N, BLOCKS, ALIGNMENT)
+
+    h_tile = tl.zeros((BLOCK_M, COLUMNS), DTYPE)
+    first = 0
+    if G > 0:
+        if adapter >= 0:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            acc_h = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+            for k0 in range(0, K, BLOCK_K):
+                x_tile = load_tile(x, m0, k0, stride_xm, M, K, BLOCK_M, BLOCK_K, False, EVEN_K, DESCRIPTOR)
+                w_tile = load_tile(w, chunk0, k0, stride_wn, stop, K, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, DESCRIPTOR)
+                r_tile = load_tile(
+                    right,
+                    k0,
+                    adapter * COLUMNS,
+                    G * COLUMNS,
+                    K,
+                    G * COLUMNS,
+                    BLOCK_K,
+                    COLUMNS,
+                    EVEN_K,
+                    True,
+                    DESCRIPTOR,
+                )
+                acc = dot(x_tile, w_tile.T, acc, PRECISION)
+                acc_h = dot(x_tile, r_tile, acc_h, PRECISION)
+            h_tile = acc_h.to(DTYPE)
+            if chunk0 == start:
+                _store_h(h, h_tile, m0, adapter, M, G, BLOCK_M, COLUMNS)
+            _finish(
+                y, acc, h_tile, bias, a, u, scale, m0, chunk0, start, stop, adapter, M, stride_ym,
+                SHAPES, COLUMNS, HAS_BIAS, EVEN_N, BLOCK_M, BLOCK_N, DESCRIPTOR, PRECISION,
+            )  # fmt: skip
+            first = 1
+    for tile in range(first, TILES):
+        n0 = chunk0 + tile * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            x_tile = load_tile(x, m0, k0, stride_xm, M, K, BLOCK_M, BLOCK_K, False, EVEN_K, DESCRIPTOR)
+            w_tile = load_tile(w, n0, k0, stride_wn, stop, K, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, DESCRIPTOR)
+            acc = dot(x_tile, w_tile.T, acc, PRECISION)
+        _finish(
+            y, acc, h_tile, bias, a, u, scale, m0, n0, start, stop, adapter, M, stride_ym,
+            SHAPES, COLUMNS, HAS_BIAS, EVEN_N, BLOCK_M, BLOCK_N, DESCRIPTOR, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_h(h, tile, m0, adapter, M, G: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr):
+    rows = m0 + tl.arange(0, BLOCK_M)
+    at = h + rows[:, None].to(tl.int64) * (G * COLUMNS) + adapter * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(at, tile, mask=(rows < M)[:, None])
+
+
+@triton.jit
+def _finish(
+    y,
+    acc,
+    h_tile,
+    bias,
+    a,
+    u,
+    scale,
+    m0,
+    n0,
+    start,
+    stop,
+    adapter,
+    M,
+    stride_ym,
+    SHAPES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + h (s L)ᵀ + bias into y; s Lᵀ (R, BLOCK_N) is composed here."""
+    n = n0 + tl.arange(0, BLOCK_N)
+    if len(SHAPES) > 0:
+        if adapter >= 0:
+            left = tl.zeros((COLUMNS, BLOCK_N), tl.float32)
+            for g in tl.static_range(len(SHAPES)):
+                if adapter == g:
+                    left = columns(
+                        a[g], u[g], scale, n - start, SHAPES[g][0], SHAPES[g][1], SHAPES[g][3], SHAPES[g][4], COLUMNS
+                    )
+            acc = dot(h_tile, left.to(h_tile.dtype), acc, PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < stop, other=0.0).to(tl.float32)[None, :]
+    if DESCRIPTOR:
+        y.store([m0, n0], acc.to(y.dtype))
+    else:
+        m = m0 + tl.arange(0, BLOCK_M)
+        inside = (m < M)[:, None]
+        if not EVEN_N:
+            inside = inside & (n < stop)[None, :]
+        tl.store(y + m[:, None].to(tl.int64) * stride_ym + n[None, :], acc.to(y.dtype.element_ty), mask=inside)
+
+
+def fused_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: Sequence[KronFactors],
+    segments: Sequence[Rows],
+    scale: float,
+    shifts: Sequence[Tensor] = (),
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y (M, N) and h (M, G·R), both of the dtype of x; x (M, K) and weight (N, K) with unit column stride.
+
+    Factors contiguous and in fp32, and so the shifts, one (rows,) a segment or none.
+    """
+    plan = layout(factors, segments, weight.shape[0])
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    h = x.new_empty(x.shape[0], len(factors) * plan.columns)
+    right = x.new_empty(x.shape[1], len(factors) * plan.columns)
+    if shifts:
+        total = x.new_empty(weight.shape[0], dtype=torch.float32)
+        shift_launch(total, bias, shifts, segments).run()
+        bias = total
+    for launch in forward_launches(x, weight, bias, y, h, right, factors, plan, scale, tile):
+        launch.run()
+    return y, h
+
+
+def shift_launch(total: Tensor, bias: Tensor | None, shifts: Sequence[Tensor], segments: Sequence[Rows]) -> Launch:
+    """The launch that fills total (N,)."""
+    arguments = {
+        "total": total,
+        "bias": total if bias is None else bias,
+        "shifts": tuple(shifts),
+        "N": len(total),
+        "SEGMENTS": tuple(segments),
+        "HAS_BIAS": bias is not None,
+        "BLOCK": SHIFT_ROWS,
+    }
+    return Launch(shift_kernel, (triton.cdiv(len(total), SHIFT_ROWS),), arguments, 4, 1)
+
+
+def forward_launches(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    h: Tensor,
+    right: Tensor,
+    factors: Sequence[KronFactors],
+    plan: Layout,
+    scale: float,
+    tile: Tile | None = None,
+) -> list[Launch]:
+    """The launches that fill right, y and h; tile defaults to the table's."""
+    (M, K), N = x.shape, weight.shape[0]
+    tile = tile or forward_tile(x.device, x.dtype, M, K, plan, aligned(x, weight, y))
+    chunks = sum(triton.cdiv(stop - start, tile.n * tile.tiles) for start, stop, _ in plan.blocks)
+    tensors: dict[str, Any] = {"x": x, "w": weight, "y": y, "right": right if factors else weight}
+    if tile.descriptor:
+        shapes = {"x": (tile.m, tile.k), "w": (tile.n, tile.k), "y": (tile.m, tile.n), "right": (tile.k, plan.columns)}
+        tensors = {name: TensorDescriptor.from_tensor(tensors[name], list(shapes[name])) for name in tensors}
+    launches = []
+    if factors:
+        arguments = {
+            "out": right,
+            "a": tuple(f.b for f in factors),
+            "u": tuple(f.v for f in factors),
+            "rows": K,
+            "SHAPES": plan.shapes,
+            "COLUMNS": plan.columns,
+            "BLOCK": COMPOSE_ROWS,
+        }
+        launches.append(Launch(compose_kernel, (triton.cdiv(K, COMPOSE_ROWS),), arguments, 4, 1))
+    arguments = tensors | {
+        "bias": weight if bias is None else bias,
+        "h": h,
+        "a": tuple(f.a for f in factors),
+        "u": tuple(f.u for f in factors),
+        "scale": scale,
+        "M": M,
+        "stride_xm": row_stride(x),
+        "stride_wn": row_stride(weight),
+        "stride_ym": row_stride(y),
+        "N": N,
+        "K": K,
+        "BLOCKS": plan.blocks,
+        "SHAPES": plan.shapes,
+        "COLUMNS": plan.columns,
+        "ALIGNMENT": plan.alignment,
+        "CHUNKS": chunks,
+        "HAS_BIAS": bias is not None,
+        "EVEN_N": plan.divides(tile.n * tile.tiles),
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "TILES": tile.tiles,
+        "DESCRIPTOR": tile.descriptor,
+        "PRECISION": precision(x.dtype),
+        "DTYPE": LANGUAGE_DTYPE[x.dtype],
+    }
+    launches.append(Launch(forward_kernel, (triton.cdiv(M, tile.m) * chunks,), arguments, tile.warps, tile.stages))
+    return launches
