@@ -93,6 +93,7 @@ def train(
     scale: Annotated[float | None, _option("scale")] = None,
     device: Annotated[Device | None, _option("device")] = None,
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, _option("precision")] = None,
+    backend: Annotated[Literal["auto", "eager", "merge", "triton"] | None, _option("backend")] = None,
     no_pretrained: Annotated[
         bool, typer.Option("--no-pretrained", help="Start from random weights: for counting and tests.")
     ] = False,
@@ -201,6 +202,76 @@ def merge_weights(
 
 app.command("merge-weights")(merge_weights)
 app.command("merge", hidden=True)(merge_weights)
+
+
+@app.command("bench-kernels")
+def bench_kernels(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few shapes and rounds: under two minutes on two cores.")
+    ] = False,
+    shapes: Annotated[Path | None, typer.Option(help="A CSV file with the columns d,M.", show_default=False)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16,fp16,fp32,tf32. \\[default: bf16 on CUDA, else fp32]", show_default=False)
+    ] = None,
+    contenders: Annotated[
+        str | None,
+        typer.Option(help="Names, comma-separated; frozen always runs. \\[default: all]", show_default=False),
+    ] = None,
+    modes: Annotated[
+        str | None, typer.Option(help="fwd,bwd,fwd+bwd,step. \\[default: all]", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Vision transformer of the step. \\[default: vit_base_patch16_224 on CUDA, else vit32]",
+            show_default=False,
+        ),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.", show_default=False)] = None,
+    svg: Annotated[Path | None, typer.Option(help="Draw the ratios into this file.", show_default=False)] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Measure tiles on a CUDA GPU, print a table of them.")] = False,
+    aot: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARCH", help="Only compile the kernels for sm_80, sm_90, … and report.", show_default=False
+        ),
+    ] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure kadapt's kernels against every other way to compute an adapted layer: accuracy first, then time."""
+    from kadapt_cli import bench as worker
+
+    console, words = Console(), Console(stderr=True)
+    if aot is not None:
+        rows = worker.aot(aot, None if dtype is None else dtype.split(","), quick)
+        if as_json:
+            _print_json({"schema_version": 1, "arch": aot, "rows": rows})
+        else:
+            console.print(worker.aot_table(aot, rows))
+        return
+
+    def say(line: str) -> None:
+        print_line(words, line)
+
+    wanted = worker.plan(
+        device=device, quick=quick, shapes=shapes, dtype=dtype, contenders=contenders, modes=modes, model=model
+    )
+    if sweep:
+        print(worker.table_literal(list(worker.sweep(wanted, say)), worker.architecture(wanted.device)))
+        return
+    result = worker.run(wanted, say, csv, svg)
+    if as_json:
+        _print_json(result.to_json())
+        return
+    for table in worker.tables(result):
+        console.print(table, "")
+    for note in result.notes:
+        print_line(console, note)
+    if wanted.device.type == "cpu":
+        say("compiling the GPU kernels for sm_90")
+        console.print("", worker.aot_table("sm_90", worker.aot("sm_90", quick=True)))
+        print_line(console, "kadapt bench-kernels --aot ARCH reports on all of them")
 
 
 def _print_json(document: dict[str, Any]) -> None:

@@ -57,6 +57,9 @@ class TrainConfig(BaseModel):
     scale: float | None = Field(None, gt=0, description="s, the factor before ΔW; 14/√width when not given.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="Number format of the backbone.")
+    backend: Literal["auto", "eager", "merge", "triton"] = Field(
+        "auto", description="How the adapted layers are computed; see kadapt_kernels.kron_linear."
+    )
     pretrained: bool = Field(True, description="Load pretrained weights.")
     weights: str | None = Field(None, min_length=1, description="A safetensors file with the backbone's weights.")
     save_every: float = Field(30.0, ge=0, description="Seconds between saves within an epoch.")

@@ -19,9 +19,10 @@ from kadapt_cli.adapters import Adapted, adapt
 from kadapt_cli.catalog import is_named
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import ImageDataset, ImageSet, make_transform, open_images
-from kadapt_cli.errors import ModelError
+from kadapt_cli.errors import MachineError, ModelError
 from kadapt_cli.evaluate import choose_device, fill, load_backbone, logits, run_images, tensors_of
 from kadapt_cli.progress import Display
+from kadapt_kernels import why_no_triton
 
 Row = dict[str, Any]
 
@@ -68,6 +69,9 @@ def prepare(config: TrainConfig, out: Path, display: Display, *, resume: bool = 
     """Scan the data (to resume: the run's own images), build and adapt the model, move it to the device."""
     device = choose_device(config.device)
     dtype = _precision(config.precision, device)
+    missing = why_no_triton(torch.empty(0, dtype=dtype, device=device)) if config.backend == "triton" else ""
+    if missing:
+        raise MachineError(f"--backend triton cannot run: {missing}; use --backend auto")
     torch.manual_seed(config.seed)  # for models that draw numbers themselves, such as dropout
     display.say(f"reading {config.data}")
     if resume:

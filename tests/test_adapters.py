@@ -10,6 +10,7 @@ from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import UsageError
 from kadapt_cli.merge import merged_state
 from kadapt_cli.models import full_model, load, segments
+from kadapt_kernels import ops
 
 # name, image size (small where the model is large), adapter parameters
 ZOO = [
@@ -223,6 +224,36 @@ def test_terms_and_scale_are_filled_in():
     assert kadaptation.resolve(given, available) == given
     with pytest.raises(UsageError, match=r"--terms: T must divide the width 192, but 5 was given; choose from \[1, 2"):
         kadaptation.resolve(TrainConfig(terms=5), available)
+
+
+def test_backend_reaches_every_adapted_layer(monkeypatch):
+    asked = []
+    choose = ops.choose
+    monkeypatch.setattr(ops, "choose", lambda *args: asked.append(args[3]) or choose(*args))
+    images = torch.rand(2, 3, 32, 32)
+    outputs = []
+    for backend in ("eager", "merge"):
+        adapted = adapt(load("vit32"), TrainConfig(backend=backend), 3)
+        with torch.no_grad():
+            for name, parameter in adapted.adapter.items():
+                if name.endswith(".u"):
+                    parameter.fill_(0.1)
+            outputs.append(adapted.backbone.module(images))
+    assert asked == ["eager"] * 6 + ["merge"] * 6
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "triton", "rank": 3}, "T·r up to 64, but --terms 32 and --rank 3 make 96; use --backend auto"),
+        ({"backend": "triton", "rule": "full"}, "--backend triton takes --rule factored; use --backend merge or auto"),
+        ({"backend": "eager", "rule": "full"}, "--backend eager takes --rule factored"),
+    ],
+)
+def test_a_backend_that_does_not_take_the_shape_is_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        kadaptation.resolve(TrainConfig(**options), segments(load("vit32").module))
 
 
 def test_select():

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from PIL import Image
 
 from kadapt_cli import cli
+from kadapt_kernels import blocks
 
 FAST = ["--epochs", "2", "--batch-size", "16"]
 
@@ -256,6 +258,7 @@ WRONG = [
     (["--config", "/nonexistent.toml"], 2, ["/nonexistent.toml", "cannot be read"]),
     (["--resume"], 2, ["--resume", "--out"]),
     (["--device", "cuda"], 5, ["--device cuda", "no usable CUDA GPU"]),
+    (["--backend", "triton"], 5, ["--backend triton cannot run", "needs a GPU, but x is on cpu", "--backend auto"]),
 ]
 
 
@@ -266,6 +269,7 @@ def test_wrong_options(run_cli, tmp_path, monkeypatch, options, code, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(blocks, "INTERPRETED", tl.constexpr(False))
     refuse(run_cli("train", *options), code, *words)
     assert list(tmp_path.iterdir()) == []
 

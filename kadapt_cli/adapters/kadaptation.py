@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import UsageError
 from kadapt_cli.models import Segment, replace_linear
-from kadapt_kernels import KronFactors, divisors, kron_delta, kron_linear
+from kadapt_kernels import FUSED_RANK, KronFactors, divisors, kron_delta, kron_linear
 
 MAX_TERMS = 32
 SCALE = 14.0
@@ -35,37 +35,27 @@ BIASED = ("q", "v")
 class KronLinear(nn.Module):
     """A frozen linear layer with Kronecker updates on some of its row segments; x (..., K) gives (..., N)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float, backend: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.scale = scale
+        self.backend = backend
         self.rows: list[tuple[int, int]] = []
         self.factors: list[KronFactors] = []
-        self.deltas: list[Tensor | None] = []
+        self.shifts: list[Tensor | None] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        bias = self._bias()
-        with torch.autocast(x.device.type, enabled=False):
-            return kron_linear(
-                x.to(dtype),
-                self.weight.to(dtype),
-                None if bias is None else bias.to(dtype),
-                self.factors,
-                segments=self.rows,
-                scale=self.scale,
-            )
-
-    def _bias(self) -> Tensor | None:
-        """The frozen bias with each segment's bias update added, (N,)."""
-        if self.bias is None or all(delta is None for delta in self.deltas):
-            return self.bias
-        pieces, end = [], 0
-        for (start, stop), delta in zip(self.rows, self.deltas, strict=True):
-            pieces += [self.bias[end:start], self.bias[start:stop] if delta is None else self.bias[start:stop] + delta]
-            end = stop
-        return torch.cat([*pieces, self.bias[end:]])
+        return kron_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.factors,
+            segments=self.rows,
+            scale=self.scale,
+            shifts=self.shifts,
+            backend=self.backend,
+        )
 
 
 def tensor_names(segment: Segment, rule: str) -> dict[str, str]:
@@ -85,13 +75,20 @@ def resolve(config: TrainConfig, segments: Sequence[Segment]) -> TrainConfig:
     T is the largest common divisor of the segments' rows and columns up to 32.
 
     Raises:
-        UsageError: The T given does not divide all of them; lists those that do.
+        UsageError: The T given does not divide all of them (lists those that do); --backend does not take the shape.
     """
     fitting = divisors(*{width for s in segments for width in (s.stop - s.start, s.in_features)})
     terms = config.terms or max(t for t in fitting if t <= MAX_TERMS)
     if terms not in fitting:
         width = segments[0].stop - segments[0].start
         raise UsageError(f"--terms: T must divide the width {width}, but {terms} was given; choose from {fitting}")
+    if config.rule == "full" and config.backend in ("eager", "triton"):
+        raise UsageError(f"--backend {config.backend} takes --rule factored; use --backend merge or auto")
+    if config.backend == "triton" and terms * config.rank > FUSED_RANK:
+        raise UsageError(
+            f"--backend triton takes T·r up to {FUSED_RANK}, but --terms {terms} and --rank {config.rank} make "
+            f"{terms * config.rank}; use --backend auto"
+        )
     return config.model_copy(update={"terms": terms, "scale": config.scale or SCALE / segments[0].in_features ** 0.5})
 
 
@@ -138,13 +135,13 @@ def inject(model: nn.Module, segments: Sequence[Segment], config: TrainConfig) -
     for segment in segments:
         by_module[segment.module].append(segment)
     for path, members in by_module.items():
-        linear = replace_linear(model, path, lambda weight, bias: KronLinear(weight, bias, scale))
+        linear = replace_linear(model, path, lambda weight, bias: KronLinear(weight, bias, scale, config.backend))
         assert isinstance(linear, KronLinear)
         for segment in sorted(members, key=lambda s: s.start):
             names = tensor_names(segment, config.rule)
             linear.rows.append((segment.start, segment.stop))
             linear.factors.append(_factors(parameters, names))
-            linear.deltas.append(parameters[names["bias"]] if "bias" in names else None)
+            linear.shifts.append(parameters[names["bias"]] if "bias" in names else None)
             for name in names.values():  # registered, so that the module can be moved; shared ones stay one Parameter
                 linear.register_parameter(name.replace(".", "_"), parameters[name])
     return parameters
