@@ -39,8 +39,8 @@ def kron_linear(
             beside 16-bit x; fp64 beside fp64. Their gradients have their dtype.
         segments: Rows [start, stop) of `weight` that factors[i] updates; disjoint. Rows in none stay frozen.
         scale: s.
-        shifts: A (rows,) tensor or None a segment, in the factors' dtype: a trained bias. Its gradient needs no pass
-            over dy of its own in the fused kernels, where that of `bias` does.
+        shifts: A (rows,) tensor or None a segment, in the factors' dtype: a trained bias, whose gradient reads the
+            segments' columns of dy alone, where that of `bias` reads all.
         backend: How it is computed, see below.
         dropout: Share of the elements of ΔW that are zero in this call, the others divided by 1 - dropout, as in the
             authors' code; "merge" only.
