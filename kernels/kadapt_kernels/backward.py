@@ -7,16 +7,16 @@ columns of dy::
     dL = s · dy_segᵀ h          (rows, R)      dR = xᵀ g                (K, R)
     da_t[j] = Σ_kρ dL[j·P + k, tρ] u_t[k, ρ]   du_t[k, ρ] = Σ_j dL[j·P + k, tρ] a_t[j]      and db, dv from dR alike
 
-Four launches, five where a segment is wide:
+Four launches:
 
-    left       g and dL in one pass over dy_seg (or `project` and `tall`: two passes, the second from the cache or not)
+    left       g and dL in one pass over dy_seg, where a segment is short enough for one program's registers; else
+               `compose` and `project` make g and `tall` makes dL, and dy_seg is read twice
     tall       dR in one pass over x, for all adapters at once
-    dx         the frozen layer's product plus one rank-R step an adapter, whose R tile is composed in the epilogue
     contract   dL and dR to da, db, du, dv
+    dx         the frozen layer's product plus one rank-R step an adapter, whose R tile is composed in the epilogue
 
-Extra work over the frozen layer's backward for one segment: M·R·(2·rows + 2·K) multiply-adds against the M·rows·K of a
-dense dW; extra bytes one read of dy_seg, one of x and a few of the M·R numbers of h and g. R/rows and R/K of the dense
-gradient's work is what makes the difference: from d = 384 on the dense dW costs more than everything here.
+Extra work over the frozen layer's backward for one segment: 2·M·R·(rows + K) multiply-adds, where a dense dW takes
+M·rows·K. Extra bytes: one read (or two) of dy_seg, one of x, and g and h, M·R numbers each.
 
 dL and dR are sums over M. Each of `splits` runs of rows gives its own partial sum in fp32 and `contract` adds them in a
 fixed order: no atomics, the same bits every time. s multiplies fp32 sums, never a 16-bit factor, so a large s cannot
@@ -25,18 +25,28 @@ overflow fp16 before g itself does.
 
 from collections.abc import Sequence
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kadapt_kernels.blocks import Launch, Layout, columns, dot, layout, load_tile, locate, precision, row_stride
+from kadapt_kernels.blocks import (
+    Launch,
+    Layout,
+    columns,
+    descriptor,
+    dot,
+    layout,
+    load_tile,
+    locate,
+    precision,
+    row_stride,
+)
 from kadapt_kernels.factors import KronFactors, Rows
 from kadapt_kernels.forward import COMPOSE_ROWS, compose_kernel
-from kadapt_kernels.tiles import BackwardTiles, Tile, backward_tiles
+from kadapt_kernels.tiles import BackwardTiles, Tile, aligned, backward_tiles
 
 CONTRACT_ROWS = 32
 CONTRACT_NUMBERS = 16384  # partials that one program of `contract` has under way at most: 64 registers a thread
@@ -125,7 +135,6 @@ def project_kernel(
     G: tl.constexpr = len(BLOCKS)
     m0 = (tl.program_id(0) // G) * BLOCK_M
     start, _, stop, adapter = locate(tl.program_id(0) % G, LONGEST, BLOCKS, ALIGNMENT)
-    stop = tl.multiple_of(stop, ALIGNMENT)
     acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
     for n0 in range(start, stop, BLOCK_K):
         dy_tile = load_tile(dy, m0, n0, stride_dym, M, stop, BLOCK_M, BLOCK_K, False, EVEN_N, False)
@@ -164,7 +173,6 @@ def tall_kernel(
     """
     split = tl.program_id(0) // CHUNKS
     n0, _, stop, adapter = locate(tl.program_id(0) % CHUNKS, BLOCK_N, BLOCKS, ALIGNMENT)
-    stop = tl.multiple_of(stop, ALIGNMENT)
     first = adapter * WIDTH
     acc = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
     for m0 in range(split * span, tl.minimum(M, (split + 1) * span), BLOCK_M):
@@ -301,8 +309,7 @@ def _contract(
             d = _sum(partial, splits, stride_split, stride_row, task * LENGTH + k0, 1, LENGTH - k0, R, ROWS, AT_ONCE)
             weight = tl.load(u + (t[None, :] * LENGTH + k[:, None]) * r + rho[None, :], mask=mask, other=0.0)
             found += tl.sum(d * weight, 0)
-        of_term = (t[None, :] == i[:, None]) & inside[None, :]
-        total = tl.sum(tl.where(of_term, found[None, :], 0.0), 1)
+        total = tl.sum(tl.where(t[None, :] == i[:, None], found[None, :], 0.0), 1)
         tl.store(da + i * SIDE + task, scale * total, mask=i < T)
     else:
         k = task - SIDE
@@ -398,9 +405,9 @@ def fused_backward(
     contiguous by the caller. h (M, G·R) is the forward's. M = 0 gives zeros.
     """
     plan = layout(factors, segments, weight.shape[0])
-    tiles = tiles or backward_tiles(x.device, x.dtype, *x.shape, plan)
+    tiles = tiles or backward_tiles(x.device, x.dtype, len(x), x.shape[1], plan, aligned(dy, weight))
     dx = x.new_empty(x.shape) if need_dx else None
-    grads: list[Grads] = [tuple(torch.empty_like(t) for t in f) for f in factors]  # type: ignore[misc]
+    grads: list[Grads] = [tuple(torch.empty_like(t) for t in f) for f in factors]  # type: ignore[arg-type, misc]
     space = workspace(x, weight.shape[0], plan, tiles)
     for launch in backward_launches(dy, x, weight, h, dx, grads, space, factors, plan, scale, tiles):
         launch.run()
@@ -450,10 +457,6 @@ def _adapted(plan: Layout) -> tuple[tuple[int, int, int], ...]:
     return tuple(block for block in plan.blocks if block[2] >= 0)
 
 
-def _alignment(plan: Layout) -> int:
-    return gcd(plan.alignment, plan.blocks[-1][1])
-
-
 def _splits(K: int, plan: Layout, tiles: BackwardTiles) -> tuple[int, int]:
     """Runs of rows for dL, and for dR: as many programs in all, since its columns of x are cut besides."""
     chunks = [triton.cdiv(stop - start, tiles.tall.n) for start, stop, _ in _adapted(plan)]
@@ -463,7 +466,7 @@ def _splits(K: int, plan: Layout, tiles: BackwardTiles) -> tuple[int, int]:
 
 def _span(M: int, splits: int, block: int) -> int:
     """Rows of a run: whole blocks, so that no tile reaches into the next run."""
-    return triton.cdiv(triton.cdiv(M, block), splits) * block
+    return int(triton.cdiv(triton.cdiv(M, block), splits)) * block
 
 
 def _left(
@@ -493,7 +496,7 @@ def _left(
         "BLOCKS": blocks,
         "SHAPES": plan.shapes,
         "COLUMNS": plan.columns,
-        "ALIGNMENT": _alignment(plan),
+        "ALIGNMENT": plan.alignment,
         "EVEN_N": all(stop - start == block_n for start, stop, _ in blocks),
         "BLOCK_M": tile.m,
         "BLOCK_N": block_n,
@@ -533,7 +536,7 @@ def _project_and_tall(
         "stride_dym": row_stride(dy),
         "BLOCKS": blocks,
         "COLUMNS": plan.columns,
-        "ALIGNMENT": _alignment(plan),
+        "ALIGNMENT": plan.alignment,
         "LONGEST": longest,
         "EVEN_N": all((stop - start) % tile.k == 0 for start, stop, _ in blocks),
         "BLOCK_M": tile.m,
@@ -543,7 +546,7 @@ def _project_and_tall(
     return [
         Launch(compose_kernel, (triton.cdiv(longest, COMPOSE_ROWS),), compose, 4, 1),
         Launch(project_kernel, (triton.cdiv(len(dy), tile.m) * len(blocks),), project, tile.warps, tile.stages),
-        _tall(dy, h, space.d_left, blocks, _alignment(plan), tiles.tall),
+        _tall(dy, h, space.d_left, blocks, plan.alignment, tiles.tall),
     ]
 
 
@@ -578,13 +581,10 @@ def _dx(
     dy: Tensor, weight: Tensor, dx: Tensor, g: Tensor, factors: Sequence[KronFactors], plan: Layout, tile: Tile
 ) -> Launch:
     (M, K), N = dx.shape, weight.shape[0]
-    tensors: dict[str, Tensor | TensorDescriptor] = {"dy": dy, "w": weight, "dx": dx}
+    tensors: dict[str, Any] = {"dy": dy, "w": weight, "dx": dx}
     if tile.descriptor:
-        blocks = {"dy": [tile.m, tile.k], "w": [tile.k, tile.n], "dx": [tile.m, tile.n]}
-        tensors = {
-            name: TensorDescriptor(t, list(t.shape), [row_stride(t), 1], blocks[name])
-            for name, t in (("dy", dy), ("w", weight), ("dx", dx))
-        }
+        blocks = {"dy": (tile.m, tile.k), "w": (tile.k, tile.n), "dx": (tile.m, tile.n)}
+        tensors = {name: descriptor(t, blocks[name]) for name, t in tensors.items()}
     arguments = tensors | {
         "g": g,
         "b": tuple(f.b for f in factors),

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kadapt_kernels.factors import KronFactors, Rows
 
@@ -48,8 +49,8 @@ class Layout(NamedTuple):
 
     @property
     def alignment(self) -> int:
-        """The largest power of two up to 16 that divides every block's first row."""
-        return gcd(16, *(start for start, _, _ in self.blocks))
+        """The largest power of two up to 16 that divides where every block begins and ends."""
+        return gcd(16, *(row for start, stop, _ in self.blocks for row in (start, stop)))
 
     def divides(self, block_n: int) -> bool:
         """Whether tiles of that many rows never reach over the end of a block."""
@@ -84,6 +85,11 @@ def precision(dtype: torch.dtype) -> str:
 def row_stride(tensor: Tensor) -> int:
     """The stride between rows; an empty or one-row tensor may report anything, its width is as good."""
     return tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]
+
+
+def descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """A tensor descriptor that moves blocks of that shape; rows and strides in multiples of 16 bytes."""
+    return TensorDescriptor(matrix, list(matrix.shape), [row_stride(matrix), 1], list(block))
 
 
 @triton.jit
@@ -165,4 +171,4 @@ def locate(chunk, SIZE: tl.constexpr, BLOCKS: tl.constexpr, ALIGNMENT: tl.conste
         stop = tl.where(here, BLOCKS[b][1], stop)
         adapter = tl.where(here, BLOCKS[b][2], adapter)
         first += count
-    return tl.multiple_of(row0, ALIGNMENT), start, stop, adapter
+    return tl.multiple_of(row0, ALIGNMENT), start, tl.multiple_of(stop, ALIGNMENT), adapter

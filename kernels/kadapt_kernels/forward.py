@@ -21,9 +21,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kadapt_kernels.blocks import Launch, Layout, columns, dot, layout, load_tile, locate, precision, row_stride
+from kadapt_kernels.blocks import (
+    Launch,
+    Layout,
+    columns,
+    descriptor,
+    dot,
+    layout,
+    load_tile,
+    locate,
+    precision,
+    row_stride,
+)
 from kadapt_kernels.factors import KronFactors, Rows
 from kadapt_kernels.tiles import Tile, aligned, forward_tile
 
@@ -212,6 +222,8 @@ def fused_forward(
     plan = layout(factors, segments, weight.shape[0])
     y = x.new_empty(x.shape[0], weight.shape[0])
     h = x.new_empty(x.shape[0], len(factors) * plan.columns)
+    if len(x) == 0:
+        return y, h
     right = x.new_empty(x.shape[1], len(factors) * plan.columns)
     if shifts:
         total = x.new_empty(weight.shape[0], dtype=torch.float32)
@@ -255,7 +267,7 @@ def forward_launches(
     tensors: dict[str, Any] = {"x": x, "w": weight, "y": y, "right": right if factors else weight}
     if tile.descriptor:
         shapes = {"x": (tile.m, tile.k), "w": (tile.n, tile.k), "y": (tile.m, tile.n), "right": (tile.k, plan.columns)}
-        tensors = {name: TensorDescriptor.from_tensor(tensors[name], list(shapes[name])) for name in tensors}
+        tensors = {name: descriptor(t, shapes[name]) for name, t in tensors.items()}
     launches = []
     if factors:
         arguments = {
