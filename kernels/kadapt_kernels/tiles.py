@@ -34,7 +34,7 @@ class Tile(NamedTuple):
         k: Length of the contraction that is loaded at a time.
         warps: Triton's num_warps.
         stages: Triton's num_stages.
-        tiles: Column tiles that one program of the forward makes one after another.
+        tiles: Column tiles that one program of the forward makes one after another; in a table the most that it may.
         descriptor: Whether tensor descriptors (TMA) load and store, not pointers.
         columns: Most columns of h (or g) at a time, R or G·R, that its registers hold without spilling.
     """
@@ -70,7 +70,7 @@ class BackwardTiles(NamedTuple):
 Table = Mapping[str, Mapping[int, tuple[Tile, ...]]]  # architecture -> bytes an element -> tiles, the larger first
 
 GENERIC = "generic"
-WARPS = 64  # a processor runs at a time
+LEFT_WARPS, TALL_WARPS = 8, 16  # that a processor's registers hold
 SHARED_LIMIT: Mapping[str, int] = {
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
@@ -84,43 +84,46 @@ PROCESSORS: Mapping[str, int] = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90
 BALANCE: Mapping[str, int] = {"sm_80": 43, "sm_86": 43, "sm_89": 43, "sm_90": 85, "sm_100": 170, "gfx942": 43}
 
 FORWARD: Table = {
-    GENERIC: {2: (Tile(32, 32, 32, 4, 2),), 4: (Tile(32, 32, 32, 4, 2),)},
+    GENERIC: {2: (Tile(32, 32, 32, 4, 2, 3),), 4: (Tile(32, 32, 32, 4, 2, 3),)},
     "sm_80": {
         2: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
         4: (Tile(64, 64, 32, 8, 3),),
     },
     "sm_90": {
         2: (
-            Tile(128, 256, 64, 8, 3, descriptor=True, columns=32),
-            Tile(128, 128, 64, 8, 3, descriptor=True),
-            Tile(64, 128, 64, 4, 4, descriptor=True),
-            Tile(128, 64, 64, 8, 4, descriptor=True),
-            Tile(64, 64, 64, 4, 4, descriptor=True),
-            Tile(128, 128, 64, 8, 3),
-            Tile(64, 128, 64, 8, 3),
-            Tile(64, 64, 64, 4, 3),
+            Tile(128, 256, 64, 8, 3, 6, descriptor=True, columns=32),
+            Tile(128, 128, 64, 8, 3, 6, descriptor=True),
+            Tile(64, 128, 64, 4, 4, 6, descriptor=True),
+            Tile(128, 64, 64, 8, 4, 6, descriptor=True),
+            Tile(64, 64, 64, 4, 4, 6, descriptor=True),
+            Tile(128, 128, 64, 8, 3, 6),
+            Tile(64, 128, 64, 8, 3, 6),
+            Tile(64, 64, 64, 4, 3, 6),
         ),
-        4: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+        4: (Tile(64, 64, 32, 8, 3),),
     },
     "sm_100": {
         2: (
-            Tile(128, 256, 64, 8, 3, descriptor=True),
-            Tile(128, 128, 64, 8, 4, descriptor=True),
-            Tile(64, 128, 64, 4, 4, descriptor=True),
-            Tile(64, 64, 64, 4, 4, descriptor=True),
-            Tile(128, 128, 64, 8, 3),
-            Tile(64, 64, 64, 4, 3),
+            Tile(128, 256, 64, 8, 3, 6, descriptor=True, columns=32),
+            Tile(128, 128, 64, 8, 4, 6, descriptor=True),
+            Tile(64, 128, 64, 4, 4, 6, descriptor=True),
+            Tile(64, 64, 64, 4, 4, 6, descriptor=True),
+            Tile(128, 128, 64, 8, 3, 6),
+            Tile(64, 64, 64, 4, 3, 6),
         ),
-        4: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+        4: (Tile(64, 64, 32, 8, 3),),
     },
     "gfx942": {
-        2: (Tile(128, 128, 64, 8, 2), Tile(64, 128, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
-        4: (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2)),
+        2: (Tile(128, 128, 64, 8, 2, 6), Tile(64, 128, 64, 4, 2, 6), Tile(64, 64, 64, 4, 2, 6)),
+        4: (Tile(128, 64, 32, 8, 2, 6), Tile(64, 64, 32, 4, 2, 6)),
     },
 }
 DX: Table = {
     GENERIC: {2: (Tile(32, 32, 32, 4, 2),), 4: (Tile(32, 32, 32, 4, 2),)},
-    "sm_80": {2: (Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)), 4: (Tile(64, 64, 32, 8, 3),)},
+    "sm_80": {
+        2: (Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
+        4: (Tile(64, 64, 32, 8, 3, columns=32), Tile(32, 64, 32, 8, 3)),
+    },
     "sm_90": {
         2: (
             Tile(128, 256, 64, 8, 3, descriptor=True),
@@ -131,7 +134,7 @@ DX: Table = {
             Tile(64, 128, 64, 4, 3),
             Tile(64, 64, 64, 4, 3),
         ),
-        4: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+        4: (Tile(64, 64, 32, 8, 3, columns=32), Tile(32, 64, 32, 8, 3)),
     },
     "sm_100": {
         2: (
@@ -141,7 +144,7 @@ DX: Table = {
             Tile(128, 128, 64, 8, 3),
             Tile(64, 64, 64, 4, 3),
         ),
-        4: (Tile(64, 64, 32, 8, 3),),
+        4: (Tile(64, 64, 32, 8, 3, columns=32), Tile(32, 64, 32, 8, 3)),
     },
     "gfx942": {
         2: (Tile(128, 128, 64, 8, 2), Tile(64, 128, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
@@ -150,21 +153,72 @@ DX: Table = {
 }
 LEFT: Table = {
     GENERIC: {2: (Tile(32, 256, 0, 4, 2),)},
-    "sm_90": {2: (Tile(32, 512, 0, 8, 3), Tile(64, 256, 0, 4, 3))},
+    "sm_80": {
+        2: (
+            Tile(16, 768, 0, 8, 3, columns=32),
+            Tile(16, 512, 0, 8, 4, columns=32),
+            Tile(32, 256, 0, 4, 4, columns=32),
+        )
+    },
+    "sm_90": {
+        2: (
+            Tile(16, 768, 0, 8, 3, columns=32),
+            Tile(16, 512, 0, 8, 4, columns=32),
+            Tile(32, 256, 0, 4, 4, columns=32),
+        )
+    },
+    "sm_100": {
+        2: (
+            Tile(16, 768, 0, 8, 3, columns=32),
+            Tile(16, 512, 0, 8, 4, columns=32),
+            Tile(32, 256, 0, 4, 4, columns=32),
+        )
+    },
+    "gfx942": {2: (Tile(16, 512, 0, 8, 2, columns=32), Tile(32, 256, 0, 4, 2, columns=32))},
 }
 PROJECT: Table = {
-    GENERIC: {2: (Tile(32, 32, 32, 4, 2, columns=1024),), 4: (Tile(32, 32, 32, 4, 2, columns=1024),)},
+    GENERIC: {2: (Tile(32, 0, 32, 4, 2),), 4: (Tile(32, 0, 32, 4, 2),)},
     "sm_80": {2: (Tile(64, 0, 64, 4, 3),), 4: (Tile(64, 0, 32, 4, 3),)},
     "sm_90": {2: (Tile(64, 0, 64, 4, 4),), 4: (Tile(64, 0, 32, 4, 3),)},
     "sm_100": {2: (Tile(64, 0, 64, 4, 4),), 4: (Tile(64, 0, 32, 4, 3),)},
     "gfx942": {2: (Tile(64, 0, 64, 4, 2),), 4: (Tile(64, 0, 32, 4, 2),)},
 }
 TALL: Table = {
-    GENERIC: {2: (Tile(32, 32, 32, 4, 2, columns=1024),), 4: (Tile(32, 32, 32, 4, 2, columns=1024),)},
-    "sm_80": {2: (Tile(64, 128, 0, 4, 3),), 4: (Tile(32, 64, 0, 4, 3),)},
-    "sm_90": {2: (Tile(64, 128, 0, 4, 3),), 4: (Tile(32, 64, 0, 4, 3),)},
-    "sm_100": {2: (Tile(64, 128, 0, 4, 3),), 4: (Tile(32, 64, 0, 4, 3),)},
-    "gfx942": {2: (Tile(64, 128, 0, 4, 2),), 4: (Tile(32, 64, 0, 4, 2),)},
+    GENERIC: {2: (Tile(32, 32, 0, 4, 2, columns=512),), 4: (Tile(32, 32, 0, 4, 2, columns=512),)},
+    "sm_80": {
+        2: (
+            Tile(64, 128, 0, 8, 3, columns=128),
+            Tile(64, 64, 0, 8, 3, columns=256),
+            Tile(32, 64, 0, 8, 3, columns=512),
+        ),
+        4: (Tile(32, 64, 0, 8, 3, columns=128), Tile(32, 32, 0, 8, 3, columns=256), Tile(16, 32, 0, 8, 3, columns=512)),
+    },
+    "sm_90": {
+        2: (
+            Tile(64, 128, 0, 4, 3),
+            Tile(64, 128, 0, 8, 3, columns=128),
+            Tile(64, 64, 0, 8, 3, columns=256),
+            Tile(32, 64, 0, 8, 3, columns=512),
+        ),
+        4: (Tile(32, 64, 0, 8, 3, columns=128), Tile(32, 32, 0, 8, 3, columns=256), Tile(16, 32, 0, 8, 3, columns=512)),
+    },
+    "sm_100": {
+        2: (
+            Tile(64, 128, 0, 4, 3),
+            Tile(64, 128, 0, 8, 3, columns=128),
+            Tile(64, 64, 0, 8, 3, columns=256),
+            Tile(32, 64, 0, 8, 3, columns=512),
+        ),
+        4: (Tile(32, 64, 0, 8, 3, columns=128), Tile(32, 32, 0, 8, 3, columns=256), Tile(16, 32, 0, 8, 3, columns=512)),
+    },
+    "gfx942": {
+        2: (
+            Tile(64, 128, 0, 8, 2, columns=128),
+            Tile(64, 64, 0, 8, 2, columns=256),
+            Tile(32, 64, 0, 8, 2, columns=512),
+        ),
+        4: (Tile(32, 64, 0, 8, 2, columns=128), Tile(32, 32, 0, 8, 2, columns=256), Tile(16, 32, 0, 8, 2, columns=512)),
+    },
 }
 
 
@@ -214,10 +268,10 @@ def forward_tile(
         programs = _ceil(M, tile.m) * sum(_ceil(length, tile.n * tile.tiles) for length in lengths)
         return _waves(programs, arch) * K * (tile.tiles * _work(tile, arch) + adapted * tile.m * plan.columns)
 
-    chunked = [tile._replace(tiles=tiles) for tile in candidates for tiles in (1, 2, 3, 4, 6)]
+    chunked = [t._replace(tiles=tiles) for t in candidates for tiles in (1, 2, 3, 4, 6) if tiles <= t.tiles]
     usable = [tile for tile in chunked if tile.descriptor and aligned and plan.divides(tile.n * tile.tiles)]
     pointers = [tile for tile in chunked if not tile.descriptor]
-    shared = {tile: forward_shared(tile, dtype, plan.columns) for tile in usable or pointers}
+    shared = {tile: forward_shared(tile, dtype, plan.columns, arch) for tile in usable or pointers}
     return min(_fitting(shared, plan.columns, arch, "forward_tile"), key=time)
 
 
@@ -243,11 +297,12 @@ def backward_tiles(
 
     usable = [t for t in _candidates(DX, arch, dtype) if t.descriptor and aligned and K * dtype.itemsize % 16 == 0]
     pointers = [t for t in _candidates(DX, arch, dtype) if not t.descriptor]
-    dx = {t: dx_shared(t, dtype) for t in usable or pointers}
-    tall = {t: tall_shared(t, dtype, widths) for t in _candidates(TALL, arch, dtype)}
-    project = {t: project_shared(t, dtype, R) for t in _candidates(PROJECT, arch, dtype)}
+    dx = {t: dx_shared(t, dtype, arch) for t in usable or pointers}
+    tall = {t: tall_shared(t, dtype, widths, arch) for t in _candidates(TALL, arch, dtype)}
+    project = {t: project_shared(t, dtype, R, arch) for t in _candidates(PROJECT, arch, dtype)}
     longest = max(segments, default=0)
-    left = [t for t in LEFT.get(arch, {}).get(dtype.itemsize, ()) if longest <= t.n and t.columns >= R]
+    left = {t: left_shared(t, dtype, R) for t in _candidates(LEFT, arch, dtype) if t.n >= longest and t.columns >= R}
+    left = {t: shared for t, shared in left.items() if shared <= shared_limit(arch)}
     tiles = BackwardTiles(
         min(_fitting(dx, R, arch, "backward_tiles"), key=time),
         min(left, key=lambda t: t.n, default=None),
@@ -255,52 +310,59 @@ def backward_tiles(
         _fitting(tall, widths, arch, "backward_tiles")[0],
         1,
     )
-    return tiles._replace(splits=_splits(tiles, dtype, M, segments, R, arch))
+    shared = left[tiles.left] if tiles.left else tall[tiles.tall]
+    return tiles._replace(splits=_splits(tiles, M, segments, shared, arch))
 
 
-def _splits(tiles: BackwardTiles, dtype: torch.dtype, M: int, segments: list[int], R: int, arch: str) -> int:
+def _splits(tiles: BackwardTiles, M: int, segments: list[int], shared: int, arch: str) -> int:
+    """Runs of rows for dL; shared is what one of its programs takes."""
     if tiles.left is not None:
-        tile, programs, shared = tiles.left, len(segments), left_shared(tiles.left, dtype, R)
+        tile, programs, warps = tiles.left, len(segments), LEFT_WARPS
     else:
-        tile, shared = tiles.tall, tall_shared(tiles.tall, dtype, R)
-        programs = sum(_ceil(length, tiles.tall.n) for length in segments)
-    resident = min(shared_limit(arch) // shared, WARPS // tile.warps)
-    return max(1, min(PROCESSORS.get(arch, 100) * resident // max(1, programs), _ceil(M, 2 * tile.m)))
+        tile, programs, warps = tiles.tall, sum(_ceil(length, tiles.tall.n) for length in segments), TALL_WARPS
+    resident = max(1, min(shared_limit(arch) // shared, warps // tile.warps))
+    return max(1, min(_processors(arch) * resident // max(1, programs), _ceil(M, 2 * tile.m)))
 
 
-def forward_shared(tile: Tile, dtype: torch.dtype, columns: int) -> int:
+def forward_shared(tile: Tile, dtype: torch.dtype, columns: int, arch: str) -> int:
     """Bytes of shared memory of the forward: x, W and the right factor for each stage; later, for a descriptor, y too.
 
     The tiles after the first need no right factor, but their stages are still there when y is stored. h is kept beside.
     """
-    first = tile.stages * (tile.m + tile.n + columns) * tile.k
-    later = tile.stages * (tile.m + tile.n) * tile.k + (tile.m * tile.n if tile.descriptor else 0)
-    return (max(first, later) + tile.m * columns) * dtype.itemsize
+    later = _buffers(tile, arch) * (tile.m + tile.n) * tile.k
+    first = later + _buffers(tile, arch) * columns * tile.k
+    return (max(first, later + tile.descriptor * tile.m * tile.n) + tile.m * columns) * dtype.itemsize
 
 
-def dx_shared(tile: Tile, dtype: torch.dtype) -> int:
+def dx_shared(tile: Tile, dtype: torch.dtype, arch: str) -> int:
     """Bytes of shared memory of dx: dy and W for each stage; the result takes their place."""
-    return max(tile.stages * (tile.m + tile.n) * tile.k, tile.m * tile.n) * dtype.itemsize
+    return max(_buffers(tile, arch) * (tile.m + tile.n) * tile.k, tile.m * tile.n) * dtype.itemsize
 
 
-def project_shared(tile: Tile, dtype: torch.dtype, columns: int) -> int:
+def project_shared(tile: Tile, dtype: torch.dtype, columns: int, arch: str) -> int:
     """Bytes of shared memory of the product for g: dy and L for each stage."""
-    return tile.stages * (tile.m + columns) * tile.k * dtype.itemsize
+    return _buffers(tile, arch) * (tile.m + columns) * tile.k * dtype.itemsize
 
 
-def tall_shared(tile: Tile, dtype: torch.dtype, columns: int) -> int:
-    """Bytes of shared memory of the sum over rows: x and g (or dy and h) for each stage."""
-    return tile.stages * tile.m * (tile.n + columns) * dtype.itemsize
+def tall_shared(tile: Tile, dtype: torch.dtype, columns: int, arch: str) -> int:
+    """Bytes of shared memory of the sum over rows: x and g (or dy and h) for each stage; the sums take their place."""
+    return max(_buffers(tile, arch) * tile.m * (tile.n + columns) * dtype.itemsize, 4 * tile.n * columns)
 
 
 def left_shared(tile: Tile, dtype: torch.dtype, columns: int) -> int:
-    """Bytes of shared memory of the one pass over dy: L once, dy and h for each stage that is under way."""
-    return (tile.n * columns + (tile.stages - 1) * tile.m * (tile.n + columns)) * dtype.itemsize
+    """Bytes of shared memory of the one pass over dy: L, dy for each stage under way, and each warp's share of g."""
+    length = _power_of_2(tile.n)
+    return length * (columns + (tile.stages - 1) * tile.m) * dtype.itemsize + 4 * tile.warps * tile.m * columns
+
+
+def _buffers(tile: Tile, arch: str) -> int:
+    """Copies of a loop's operands: a wgmma or tcgen05 product still reads its own while the next are loaded."""
+    return tile.stages if arch in ("sm_90", "sm_100") else tile.stages - 1
 
 
 def _candidates(table: Table, arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     """An architecture that is not in the table takes the tiles of the oldest of its kind."""
-    return table[arch if arch in table else "gfx942" if arch.startswith("gfx") else "sm_80"][dtype.itemsize]
+    return table[arch if arch in table else "gfx942" if arch.startswith("gfx") else "sm_80"].get(dtype.itemsize, ())
 
 
 def _fitting(shared: Mapping[Tile, int], columns: int, arch: str, where: str) -> list[Tile]:
@@ -325,8 +387,12 @@ def _work(tile: Tile, arch: str) -> int:
     return max(tile.m * tile.n, BALANCE.get(arch, 43) * (tile.m + tile.n))
 
 
+def _processors(arch: str) -> int:
+    return 4 if arch == GENERIC else PROCESSORS.get(arch, 100)
+
+
 def _waves(programs: int, arch: str) -> int:
-    return _ceil(programs, PROCESSORS.get(arch, 100))
+    return _ceil(programs, _processors(arch))
 
 
 def _ceil(a: int, b: int) -> int:
