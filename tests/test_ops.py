@@ -321,5 +321,5 @@ def test_triton_without_a_gpu_says_so(monkeypatch):
     from kadapt_kernels import blocks
 
     monkeypatch.setattr(blocks, "INTERPRETED", type(blocks.INTERPRETED)(False))
-    with pytest.raises(RuntimeError, match="cannot run: it needs a GPU, but x is on cpu; use backend='auto'"):
+    with pytest.raises(RuntimeError, match="cannot run: it needs a GPU, but the device is cpu; use backend='auto'"):
         apply(make(QKV, torch.float32), "triton")

@@ -157,7 +157,7 @@ def why_no_triton(x: Tensor) -> str:
     if INTERPRETED.value:
         return ""
     if not x.is_cuda:
-        return f"it needs a GPU, but x is on {x.device}"
+        return f"it needs a GPU, but the device is {x.device}"
     if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(x.device)
         return f"it needs compute capability 8.0 or later, but {x.device} has {major}.{minor}"
