@@ -75,7 +75,7 @@ def divisors(*numbers: int) -> list[int]:
 
 def tall(a: Tensor, u: Tensor) -> Tensor:
     """The Khatri-Rao columns a_t ⊗ u_t[:, ρ] of (T, S) and (T, P, r): a matrix of shape (S·P, T·r)."""
-    return torch.einsum("ts,tpr->sptr", a, u).reshape(a.shape[1] * u.shape[1], -1)
+    return (a.t()[:, None, :, None] * u.transpose(0, 1)).reshape(a.shape[1] * u.shape[1], -1)
 
 
 def kron_delta(factors: KronFactors, scale: float = 1.0) -> Tensor:

@@ -88,8 +88,12 @@ def kron_linear(
     path = choose(rows, factors, segments, backend, dropout)
     flat = [tensor for group in factors for tensor in group if tensor is not None]
     bounds = [row for segment in segments for row in segment]
+    rest = (bounds, factors[0].b is None, scale, path, dropout, seed)
     with torch.autocast(device, enabled=False):
-        y, _ = _linear(rows, weight, bias, flat, moved, bounds, factors[0].b is None, scale, path, dropout, seed)
+        if torch.compiler.is_compiling():
+            y = _linear(rows, weight, bias, flat, moved, *rest)[0]
+        else:
+            y = _Direct.apply(rows, weight, bias, len(flat), rest, *flat, *moved)
     result: Tensor = y.view(*x.shape[:-1], weight.shape[0])
     return result
 
@@ -164,8 +168,7 @@ def why_no_triton(x: Tensor) -> str:
     return ""
 
 
-@torch.library.custom_op("kadapt::kron_linear", mutates_args=())
-def _linear(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -189,6 +192,9 @@ def _linear(
         if path == "eager":
             return reference.factored_forward(x, weight, bias, factors, segments, scale)
         return F.linear(x, _merged(weight, factors, segments, scale, dropout, seed), bias), x.new_empty(0)
+
+
+_linear = torch.library.custom_op("kadapt::kron_linear", _forward, mutates_args=())
 
 
 @_linear.register_fake
@@ -216,8 +222,7 @@ def _(
     return y, x.new_empty(x.shape[0], sum(ranks))
 
 
-@torch.library.custom_op("kadapt::kron_linear_backward", mutates_args=())
-def _linear_backward(
+def _backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -248,6 +253,9 @@ def _linear_backward(
             small = _merged_gradients(dy, x, factors, segments, scale, dropout, seed)
         small += reference.shift_gradients(dy, shifts, segments)
     return [dy.new_empty(0) if dx is None else dx, *small]
+
+
+_linear_backward = torch.library.custom_op("kadapt::kron_linear_backward", _backward, mutates_args=())
 
 
 @_linear_backward.register_fake
@@ -288,6 +296,32 @@ def _autograd(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 _linear.register_autograd(_autograd, setup_context=_setup)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without the dispatcher, whose bookkeeping takes longer than the arithmetic of a small layer.
+
+    What is being compiled or exported takes the operator.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, count: int, rest: tuple[Any, ...], *small: Tensor
+    ) -> Tensor:
+        y, h = _forward(x, weight, bias, list(small[:count]), list(small[count:]), *rest)
+        ctx.save_for_backward(x, weight, h, *small)
+        ctx.has_bias, ctx.count, ctx.rest = bias is not None, count, rest
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        (dy,) = grads
+        x, weight, h, *small = ctx.saved_tensors
+        need_dx, _, need_bias, *_ = ctx.needs_input_grad
+        flat, shifts = small[: ctx.count], small[ctx.count :]
+        dx, *small = _backward(*(dy, x, weight, h, flat, shifts), *ctx.rest, need_dx)
+        dbias = dy.sum(0) if ctx.has_bias and need_bias else None
+        return dx if need_dx else None, None, dbias, None, None, *small
 
 
 def _merged(

@@ -180,7 +180,9 @@ def _g(dy: Tensor, left: Sequence[Tensor], segments: Sequence[Rows]) -> Tensor:
 def _contract(d_tall: Tensor, a: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of (T, S) a and (T, P, r) u from that of their tall matrix (S·P, T·r)."""
     d = d_tall.view(a.shape[1], u.shape[1], a.shape[0], u.shape[2])
-    return torch.einsum("sptr,tpr->ts", d, u), torch.einsum("sptr,ts->tpr", d, a)
+    da = (d * u.transpose(0, 1)).sum((1, 3))
+    du = (d * a.t()[:, None, :, None]).sum(0)
+    return da.t().contiguous(), du.transpose(0, 1).contiguous()
 
 
 def _masks(factors: Sequence[KronFactors], dropout: float, seed: int) -> list[Tensor | None]:
