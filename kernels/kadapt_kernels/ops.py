@@ -319,7 +319,8 @@ class _Direct(torch.autograd.Function):
         x, weight, h, *small = ctx.saved_tensors
         need_dx, _, need_bias, *_ = ctx.needs_input_grad
         flat, shifts = small[: ctx.count], small[ctx.count :]
-        dx, *small = _backward(*(dy, x, weight, h, flat, shifts), *ctx.rest, need_dx)
+        bounds, full, scale, path, dropout, seed = ctx.rest
+        dx, *small = _backward(dy, x, weight, h, flat, shifts, bounds, full, scale, path, dropout, seed, need_dx)
         dbias = dy.sum(0) if ctx.has_bias and need_bias else None
         return dx if need_dx else None, None, dbias, None, None, *small
 
