@@ -240,37 +240,41 @@ def bench_kernels(
     as_json: JsonFlag = False,
 ) -> None:
     """Measure kadapt's kernels against every other way to compute an adapted layer: accuracy first, then time."""
-    from kadapt_cli import bench as worker
+    from kadapt_cli import bench
+    from kadapt_cli.bench import options, tables
 
     console, words = Console(), Console(stderr=True)
-    if aot is not None:
-        rows = worker.aot(aot, None if dtype is None else dtype.split(","), quick)
-        if as_json:
-            _print_json({"schema_version": 1, "arch": aot, "rows": rows})
-        else:
-            console.print(worker.aot_table(aot, rows))
-        return
 
     def say(line: str) -> None:
         print_line(words, line)
 
-    wanted = worker.plan(
+    if aot is not None:
+        rows = bench.aot(aot, dtype, quick)
+        if as_json:
+            _print_json({"schema_version": 1, "arch": aot, "rows": rows})
+        else:
+            console.print(tables.aot_table(aot, rows))
+        return
+    wanted = options.plan(
         device=device, quick=quick, shapes=shapes, dtype=dtype, contenders=contenders, modes=modes, model=model
     )
     if sweep:
-        print(worker.table_literal(list(worker.sweep(wanted, say)), worker.architecture(wanted.device)))
+        from kadapt_cli.bench import sweep as tiles
+        from kadapt_kernels.tiles import architecture
+
+        print(tiles.table_literal(list(tiles.sweep(wanted, say)), architecture(wanted.device)))
         return
-    result = worker.run(wanted, say, csv, svg)
+    result = bench.run(wanted, say, csv, svg)
     if as_json:
         _print_json(result.to_json())
         return
-    for table in worker.tables(result):
+    for table in tables.tables(result.rows):
         console.print(table, "")
     for note in result.notes:
         print_line(console, note)
     if wanted.device.type == "cpu":
         say("compiling the GPU kernels for sm_90")
-        console.print("", worker.aot_table("sm_90", worker.aot("sm_90", quick=True)))
+        console.print("", tables.aot_table("sm_90", bench.aot("sm_90", quick=True)))
         print_line(console, "kadapt bench-kernels --aot ARCH reports on all of them")
 
 

@@ -164,10 +164,27 @@ def errors(actual: Mapping[str, Tensor], answers: Results) -> dict[str, float]:
     return {name: _largest(actual[name].double() - answers[name]) for name in answers}
 
 
-def failures(actual: Mapping[str, Tensor], problem: Problem, names: Sequence[str] | None = None) -> list[str]:
-    """One line for each result outside the rule, saying where and by how much; empty when all hold."""
-    answers = exact(problem)
-    measure = errors(yardstick(problem), answers)
+def failures(
+    actual: Mapping[str, Tensor],
+    problem: Problem,
+    names: Sequence[str] | None = None,
+    *,
+    factor: float = 2.0,
+    answers: Results | None = None,
+    measure: Mapping[str, float] | None = None,
+) -> list[str]:
+    """One line for each result outside the rule, saying where and by how much; empty when all hold.
+
+    Args:
+        actual: The results, by name.
+        problem: What they are results of.
+        names: Which to hold against the rule; all answers when None.
+        factor: How many times the yardstick's error is allowed.
+        answers: What `exact` makes of the problem, where the caller has it already; all or some of the results.
+        measure: `errors` of the yardstick for these answers, likewise.
+    """
+    answers = exact(problem) if answers is None else answers
+    measure = errors(yardstick(problem), answers) if measure is None else measure
     largest = {name: _largest(answer) for name, answer in answers.items()}
     small = [name for name in answers if name[:2] in ("da", "db", "du", "dv") and name[2:].isdigit()]
     luckless = max(measure[name] / largest[name] for name in small) if small else 0.0
@@ -179,7 +196,7 @@ def failures(actual: Mapping[str, Tensor], problem: Problem, names: Sequence[str
             continue
         eps = torch.finfo(given.dtype).eps
         own = luckless * largest[name] if name in small else measure[name]
-        allowed = 2 * own + eps * largest[name]
+        allowed = factor * own + eps * largest[name]
         difference = (given.double() - answer).abs()
         if not _largest(difference) <= allowed:
             at = tuple(int(i) for i in torch.unravel_index(difference.nan_to_num(torch.inf).argmax(), answer.shape))

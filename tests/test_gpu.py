@@ -1,0 +1,28 @@
+"""On a GPU, by `pytest -m gpu -n 0`: every kernel and the operator, by the cases of the benchmark's first stage."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import gpu_correct
+from kadapt_cli.bench import timing
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and PyTorch sees none here"),
+]
+SETUP = gpu_correct.Setup(Path(), 0.0, torch.device("cuda"))
+JOBS = [job for batch in gpu_correct.correct(SETUP) for job in batch]
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.case)
+def test_case_of_the_first_stage(job):
+    with timing.on_stream(SETUP.device):
+        (row,) = job.measure()
+    if row["result"] in ("does not apply", "not run"):
+        pytest.skip(row.get("detail") or "this form of the kernels does not take the problem")
+    assert row["result"] == "right", row["detail"]
