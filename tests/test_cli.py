@@ -258,7 +258,7 @@ WRONG = [
     (["--config", "/nonexistent.toml"], 2, ["/nonexistent.toml", "cannot be read"]),
     (["--resume"], 2, ["--resume", "--out"]),
     (["--device", "cuda"], 5, ["--device cuda", "no usable CUDA GPU"]),
-    (["--backend", "triton"], 5, ["--backend triton cannot run", "needs a GPU, but the device is cpu", "--backend auto"]),
+    (["--backend", "triton"], 5, ["--backend triton cannot run", "a GPU, but the device is cpu", "--backend auto"]),
 ]
 
 

@@ -210,9 +210,7 @@ def test_dtypes_that_do_not_go_together_are_named():
     x, weight, bias, factors, segments = make_case(SHAPES[0], "factored")
     with pytest.raises(TypeError, match=r"share one float dtype, but torch.float32, torch.float64, torch.float64"):
         kron_linear(x.float(), weight, bias, factors, segments=segments)
-    with pytest.raises(
-        TypeError, match=r"0: factors must be torch.float32 beside x of torch.bfloat16, but .*64"
-    ):
+    with pytest.raises(TypeError, match=r"0: factors must be torch.float32 beside x of torch.bfloat16, but .*64"):
         kron_linear(x.bfloat16(), weight.bfloat16(), None, factors, segments=segments)
 
 
