@@ -201,3 +201,31 @@ def test_too_little_shared_memory_says_what_to_do(monkeypatch):
         forward_tile("sm_90", BF16, 6304, 768, qkv(768))
     with pytest.raises(RuntimeError, match=r"backward_tiles: expected at most the 16384 bytes"):
         backward_tiles("sm_90", BF16, 6304, 768, qkv(768))
+
+
+def test_measured_tiles_come_first_where_they_were_measured(monkeypatch):
+    """At the nearest number of rows in ratio, for that width, dtype and architecture, where they fit the call."""
+    few, many = Tile(64, 128, 64, 4, 4, 2, descriptor=True), Tile(128, 256, 64, 8, 3, 3, descriptor=True)
+    monkeypatch.setattr(
+        "kadapt_kernels.tiles.FORWARD_MEASURED", {"sm_90": {(2, 768, 197): few, (2, 768, 25_216): many}}
+    )
+    for rows, wanted in ((0, few), (1_000, few), (3_000, many), (100_000, many)):
+        assert forward_tile("sm_90", BF16, rows, 768, qkv(768)) == wanted
+    usual = {
+        (arch, dtype, width, columns, by): forward_tile(arch, dtype, 25_216, width, qkv(width, columns), by)
+        for arch, dtype, width, columns, by in (
+            ("sm_100", BF16, 768, 32, True),
+            ("sm_90", FP32, 768, 32, True),
+            ("sm_90", BF16, 1024, 32, True),
+            ("sm_90", BF16, 768, 64, True),
+            ("sm_90", BF16, 768, 32, False),
+        )
+    }
+    assert many not in usual.values()
+    assert not forward_tile("sm_90", BF16, 25_216, 768, one(700)).descriptor
+
+    best = backward_tiles("sm_90", BF16, 25_216, 768, qkv(768))._replace(splits=7)
+    monkeypatch.setattr("kadapt_kernels.tiles.BACKWARD_MEASURED", {"sm_90": {(2, 768, 25_216): best}})
+    assert backward_tiles("sm_90", BF16, 20_000, 768, qkv(768)) == best
+    for plan, by in ((qkv(768), False), (qkv(768, 64), True), (one(800), True)):
+        assert backward_tiles("sm_90", BF16, 20_000, 768, plan, by).splits != 7

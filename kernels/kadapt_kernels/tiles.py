@@ -16,7 +16,8 @@ shared memory under the limit), BALANCE and the rest of the model from data shee
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from math import log
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,6 +68,7 @@ class BackwardTiles(NamedTuple):
     splits: int
 
 
+Choice = TypeVar("Choice", Tile, BackwardTiles)
 Table = Mapping[str, Mapping[int, tuple[Tile, ...]]]  # architecture -> bytes an element -> tiles, the larger first
 
 GENERIC = "generic"
@@ -221,6 +223,11 @@ TALL: Table = {
     },
 }
 
+# What a sweep prints, for a packed qkv with two adapters of up to 32 columns: architecture -> (bytes an element, d, M).
+FORWARD_MEASURED: Mapping[str, Mapping[tuple[int, int, int], Tile]] = {}
+BACKWARD_MEASURED: Mapping[str, Mapping[tuple[int, int, int], BackwardTiles]] = {}
+MEASURED_COLUMNS, MEASURED_ADAPTERS = 32, 2
+
 
 def architecture(device: torch.device | str) -> str:
     """ "sm_90", "gfx942", … of a device; "generic" off the GPU. The name of an architecture stands for itself."""
@@ -261,6 +268,10 @@ def forward_tile(
         RuntimeError: No tile of the table holds so many columns, or fits the architecture's shared memory.
     """
     arch, candidates = architecture(device), _candidates(FORWARD, architecture(device), dtype)
+    measured = _nearest(FORWARD_MEASURED.get(arch, {}), dtype, M, K)
+    if measured and plan.columns <= MEASURED_COLUMNS:
+        if not measured.descriptor or (aligned and plan.divides(measured.n * measured.tiles)):
+            return measured
     lengths = [stop - start for start, stop, _ in plan.blocks]
     adapted = sum(stop - start for start, stop, adapter in plan.blocks if adapter >= 0) / sum(lengths)
 
@@ -290,6 +301,10 @@ def backward_tiles(
     """
     arch = architecture(device)
     segments = [stop - start for start, stop, adapter in plan.blocks if adapter >= 0]
+    measured = _nearest(BACKWARD_MEASURED.get(arch, {}), dtype, M, K)
+    alike = plan.columns <= MEASURED_COLUMNS and len(segments) <= MEASURED_ADAPTERS and max(segments, default=0) <= K
+    if measured and alike and (aligned or not measured.dx.descriptor):
+        return measured
     R, widths = plan.columns, _power_of_2(max(1, len(segments)) * plan.columns)
 
     def time(tile: Tile) -> float:
@@ -358,6 +373,12 @@ def left_shared(tile: Tile, dtype: torch.dtype, columns: int) -> int:
 def _buffers(tile: Tile, arch: str) -> int:
     """Copies of a loop's operands: a wgmma or tcgen05 product still reads its own while the next are loaded."""
     return tile.stages if arch in ("sm_90", "sm_100") else tile.stages - 1
+
+
+def _nearest(measured: Mapping[tuple[int, int, int], Choice], dtype: torch.dtype, M: int, K: int) -> Choice | None:
+    """What was measured for this dtype and width with the number of rows nearest to M in ratio; None if nothing was."""
+    rows = [key for key in measured if key[:2] == (dtype.itemsize, K)]
+    return measured[min(rows, key=lambda key: abs(log(max(M, 1) / key[2])))] if rows else None
 
 
 def _candidates(table: Table, arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
