@@ -60,6 +60,7 @@ from kadapt_cli.bench.contenders import Shape
 from kadapt_cli.bench.step import BUNDLED
 from kadapt_cli.bench.sweep import Choice, backward_candidates, forward_candidates, literal, table_literal
 from kadapt_kernels import testing
+from kadapt_kernels.aot import tf32
 from kadapt_kernels.blocks import INTERPRETED, Launch, layout
 from kadapt_kernels.testing import Problem
 from kadapt_kernels.tiles import BackwardTiles, Tile, architecture, backward_tiles, shared_limit
@@ -381,7 +382,7 @@ def compare(setup: Setup, dtype: str, shape: Shape) -> list[Row]:
     wanted = options.plan(device=setup.device.type, contenders=names, modes=",".join(timing.LAYER_MODES))
     wanted = replace(wanted, shapes=(shape,), dtypes=(dtype,), rounds=setup.rounds)
     torch.compiler.reset()
-    with timing.tf32(dtype == "tf32"):
+    with tf32(dtype == "tf32"):
         groups = list(bench.layer_rows(wanted, shape, dtype, say))
     return [asdict(row) | {"predicted_ratio": predicted(row)} for rows in groups for row in rows]
 

@@ -38,6 +38,7 @@ from kadapt_cli.bench.tables import csv_writer
 from kadapt_cli.bench.timing import LAYER_MODES, Row, Sampler, failures, one_line
 from kadapt_cli.errors import MachineError, UsageError, shown
 from kadapt_kernels import testing
+from kadapt_kernels.aot import tf32
 from kadapt_kernels.testing import Problem, Results
 from kadapt_kernels.tiles import forward_tile
 
@@ -131,7 +132,7 @@ def _all_rows(wanted: Plan, say: Say) -> Iterator[list[Row]]:
         return lambda line: say(f"{place}  {line}")
 
     for dtype in wanted.dtypes:
-        with timing.tf32(dtype == "tf32"):
+        with tf32(dtype == "tf32"):
             for _, group in itertools.groupby(shapes, key=lambda shape: shape.d):
                 torch.compiler.reset()  # or the code of other widths counts against the limit of recompilations
                 for shape in group:

@@ -13,6 +13,7 @@ from kadapt_cli.bench import timing
 from kadapt_cli.bench.contenders import MAX_SIDE, Shape
 from kadapt_cli.bench.options import Plan
 from kadapt_cli.errors import MachineError
+from kadapt_kernels.aot import tf32
 from kadapt_kernels.testing import Problem
 from kadapt_kernels.tiles import BackwardTiles, Tile, architecture, backward_tiles, forward_tile, shared_limit
 
@@ -43,7 +44,7 @@ def sweep(wanted: Plan, say: Say) -> Iterator[Choice]:
         raise MachineError("--sweep: it measures tiles on a CUDA GPU, and this runs on the CPU; run it where one is")
     with timing.on_stream(wanted.device), torch.no_grad():
         for dtype in wanted.dtypes:
-            with timing.tf32(dtype == "tf32"):
+            with tf32(dtype == "tf32"):
                 for shape in wanted.shapes:
                     say(f"{dtype}  d = {shape.d}  M = {shape.M}: tiles")
                     yield from sweep_shape(timing.problems(shape, dtype, wanted.device), shape, wanted.rounds, say)

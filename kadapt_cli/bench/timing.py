@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -215,17 +215,6 @@ def saved_bytes(layer: Layer) -> int:
 def on_stream(device: torch.device) -> AbstractContextManager[object]:
     """A CUDA stream of one's own: the default one cannot be captured, and a backward runs where its forward ran."""
     return torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Products of fp32 by TF32 tensor cores, or not."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def failures() -> tuple[type[Exception], ...]:

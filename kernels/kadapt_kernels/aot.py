@@ -337,12 +337,13 @@ STAGES: Mapping[str, Callable[[Job, Layer], list["Launch"]]] = {
 
 
 def _launches(job: Job) -> list["Launch"]:
-    with _tf32(job.dtype == "tf32"):
+    with tf32(job.dtype == "tf32"):
         return STAGES[job.stage](job, _layer(job))
 
 
 @contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
+def tf32(allowed: bool) -> Iterator[None]:
+    """Products of fp32 by TF32 tensor cores, or not."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
@@ -390,6 +391,7 @@ def _compile(job: Job) -> Row:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.errors import TritonError
 
     launch = _launches(job)[job.number]
     signature, constants, attributes, options = _specialisation(launch)
@@ -399,7 +401,7 @@ def _compile(job: Job) -> Row:
     try:
         with contextlib.redirect_stdout(log):
             code = triton.compile(source, target=GPUTarget(*TARGETS[job.arch]), options=options)
-    except Exception as error:  # noqa: BLE001  what a compiler raises has no common type, and is what is reported
+    except (TritonError, RuntimeError, ValueError, AssertionError) as error:  # anything else ends the worker
         return {"error": f"{type(error).__name__}: {str(error).strip()[:500]}"}
     return _figures(code.asm, code.metadata.shared, log.getvalue())
 

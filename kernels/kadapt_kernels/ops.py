@@ -198,19 +198,8 @@ _linear = torch.library.custom_op("kadapt::kron_linear", _forward, mutates_args=
 
 
 @_linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    flat: list[Tensor],
-    shifts: list[Tensor],
-    bounds: list[int],
-    full: bool,
-    scale: float,
-    path: str,
-    dropout: float,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, flat: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    _, _, full, _, path, _, _ = rest
     y = x.new_empty(x.shape[0], weight.shape[0])
     if path == "merge":
         return y, x.new_empty(0)
@@ -260,20 +249,9 @@ _linear_backward = torch.library.custom_op("kadapt::kron_linear_backward", _back
 
 @_linear_backward.register_fake
 def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    h: Tensor,
-    flat: list[Tensor],
-    shifts: list[Tensor],
-    bounds: list[int],
-    full: bool,
-    scale: float,
-    path: str,
-    dropout: float,
-    seed: int,
-    need_dx: bool,
+    dy: Tensor, x: Tensor, weight: Tensor, h: Tensor, flat: list[Tensor], shifts: list[Tensor], *rest: Any
 ) -> list[Tensor]:
+    need_dx = rest[-1]
     dx = dy.new_empty(x.shape) if need_dx else dy.new_empty(0)
     return [dx, *(t.new_empty(t.shape) for t in (*flat, *shifts))]
 
