@@ -74,9 +74,9 @@ def kron_linear(
         TypeError: Dtypes that do not go together.
         RuntimeError: A backend asked for by name that cannot run here; says why.
 
-    Cost over the frozen layer, factored, R = T·r: M·R·(K + rows) multiply-adds a segment forward, three times that
-    backward; saved for the backward are x and h, M·(K + R) numbers. Merged: R·rows·K multiply-adds each way and the
-    lesser of 3·M·R·(K + rows) and M·rows·K; x is saved.
+    Cost over the frozen layer, factored, R = T·r: M·R·(K + rows) multiply-adds a segment forward, twice that
+    backward; saved for the backward are x and h, M·(K + R) numbers. Merged: R·rows·K multiply-adds each way, and for
+    the gradients the lesser of 2·M·R·(K + rows) and M·rows·K; x is saved.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):

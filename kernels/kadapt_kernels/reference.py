@@ -13,8 +13,8 @@ factored A_t, R = T·r:
 and dL, dR or dΔW are contracted to da, du, db, dv, which are as small as the factors.
 
 Extra multiply-adds a segment over the frozen layer's M·K·N, forward: factored M·R·(K + rows), merged R·rows·K, hence
-merged for many rows. Gradients: factored M·R·(K + rows) for g and dR beside as much for dL; dΔW M·rows·K. Both save x
-(the frozen layer saves nothing), factored also h.
+merged for many rows. Backward: factored 2·M·R·(K + rows); merged the same (h again, but no step in dx) or M·rows·K by
+dΔW, whichever is less work. Both save x (the frozen layer saves nothing), factored also h.
 
 The scale is folded into the fp32 factors, ΔW is composed in fp32, products and W' are rounded once to the dtype of x,
 factor gradients are fp32.
