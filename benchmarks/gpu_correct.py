@@ -266,7 +266,25 @@ def autocast_steps(setup: Setup, dtype: str) -> list[str]:
     return [f"gradient {i}: {errors.get(i)}" for i in range(len(flat)) if not errors.get(i, 1.0) < 0.02]
 
 
-CHECKS = {"CUDA graph": graph_replays, "torch.compile": compiles_whole, "autocast": autocast_steps}
+def keeps_a_small_update(setup: Setup, dtype: str) -> list[str]:
+    """The adapter's contribution within 0.5 % (Frobenius) at |ΔW| = |W| / 1000; the interpreter truncates bf16: 2 %."""
+    case = testing.CASES["rank above a term" if setup.quick else "packed qkv"]._replace(bias=False)
+    p = testing.make(case, DTYPES[dtype], str(setup.device), delta=1e-3)
+    y = layer(replace(p, weight=torch.zeros_like(p.weight)))
+    lines = []
+    for i, ((start, stop), group) in enumerate(zip(p.segments, p.factors, strict=True)):
+        error = relative(y[:, start:stop], p.x.double() @ kron_delta(testing.wide(group), p.scale).t())
+        if not error < (0.02 if setup.quick else 0.005):
+            lines.append(f"contribution of adapter {i}: off by {error:.2%}")
+    return lines
+
+
+CHECKS = {
+    "CUDA graph": graph_replays,
+    "torch.compile": compiles_whole,
+    "autocast": autocast_steps,
+    "small update": keeps_a_small_update,
+}
 
 
 def with_dropout(setup: Setup, full: bool) -> list[Row]:
