@@ -1,19 +1,32 @@
-"""Data that comes by name: scikit-learn's digits (``demo``) and whatever timm's prefixes reach.
+"""Data that comes by name: scikit-learn's digits (``demo``), the comparison's sets, and what timm's prefixes reach.
 
 A named set is a list of (path, label) for each split and a way to get the picture of a path. Pictures are handed over
 as timm's readers give them; `kadapt_cli.data` converts and checks them like those of a folder.
 """
 
 import contextlib
+import csv
+import difflib
+import hashlib
+import http.client
 import os
 import sys
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
 
+from kadapt_cli.benchmark_sets import ALIASES, SETS, SPLITS, Label, open_tables
 from kadapt_cli.errors import DataError
 
 PREFIXES = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
@@ -21,6 +34,7 @@ PREFIXES = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
 TRAIN_AND_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 # What timm's readers, torchvision and their download code raise when a set cannot be had.
 UNREACHABLE = (ImportError, OSError, RuntimeError, ValueError, AssertionError, KeyError)
+DAMAGED = (IndexError, EOFError, csv.Error, zipfile.BadZipFile, tarfile.TarError, zlib.error)  # files of a known layout
 NO_SUCH_SPLIT = (ValueError, KeyError, RuntimeError)
 
 
@@ -30,13 +44,18 @@ class NamedSet:
 
     ``entries`` gives (path, label) for "train" and, where the set has them, "val" and "test". ``tables`` gives, for the
     part of a path before its number, a sequence of (picture, label). Validation serves as test where there is no test.
+    A label is an index into the classes; for a multi-label set (``metric`` "11point_mAP") it is a tuple of them, maybe
+    empty. ``templates`` make a sentence of a class name. ``squash`` asks for the whole picture, not a crop.
     """
 
     name: str
     classes: tuple[str, ...]
-    entries: dict[str, list[tuple[str, int]]]
+    entries: dict[str, list[tuple[str, Label]]]
     tables: dict[str, Any] = field(repr=False)
     notes: list[str] = field(default_factory=list)
+    metric: str = "accuracy"
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    squash: bool = False
 
     def picture(self, path: str) -> Image.Image | BinaryIO:
         """The picture of one path: a PIL image in any mode, or an open file with its bytes."""
@@ -46,22 +65,39 @@ class NamedSet:
 
 
 def is_named(source: str) -> bool:
-    """Whether `source` means a named set rather than a folder; ``./torch/x`` is always a folder."""
-    return source == "demo" or source.lower().startswith(PREFIXES)
+    """Whether `source` means a named set rather than a folder; ``./torch/x`` and ``./mnist`` are always folders."""
+    return source == "demo" or _benchmark_name(source) in SETS or source.lower().startswith(PREFIXES)
+
+
+def _benchmark_name(source: str) -> str:
+    return ALIASES.get(source.lower(), source.lower())
+
+
+def suggest(source: str) -> list[str]:
+    """At most three known names like `source`, best first: those that hold it, then those spelt like it."""
+    text = source.lower()
+    names = ["demo", *SETS]
+    holding = [name for name in names if len(text) > 2 and text in name]
+    spelt = difflib.get_close_matches(text, names, n=3, cutoff=0.6)
+    return list(dict.fromkeys(holding + spelt))[:3]
 
 
 def open_named(source: str, *, cache_bytes: int) -> NamedSet:
     """Find a named set, downloading it where its reader can.
 
     Args:
-        source: "demo" or a timm name with its prefix, such as "torch/cifar10" or "hfds/beans".
+        source: "demo", a set of the comparison ("oxford-iiit-pets"), or a timm name with its prefix, such as
+            "torch/cifar10" or "hfds/beans".
         cache_bytes: Upper limit for the pictures of a streamed set (hfids, wds, tfds), which has to fit in memory.
 
     Raises:
-        DataError: The set does not exist, cannot be downloaded, needs a package that is not installed, or is a stream
-            larger than `cache_bytes`.
+        DataError: The set does not exist, cannot be downloaded, needs a package that is not installed, is damaged, or
+            is a stream larger than `cache_bytes`.
     """
-    return _digits() if source == "demo" else _timm_set(source, cache_bytes)
+    if source == "demo":
+        return _digits()
+    name = _benchmark_name(source)
+    return _benchmark_set(name, source) if name in SETS else _timm_set(source, cache_bytes)
 
 
 def data_root() -> Path:
@@ -80,7 +116,7 @@ def _digits() -> NamedSet:
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     labels = [int(label) for label in digits.target]
     table = [(Image.fromarray(pixels), label) for pixels, label in zip(grey, labels, strict=True)]
-    entries = [(f"demo/{number:04d}", label) for number, label in enumerate(labels)]
+    entries: list[tuple[str, Label]] = [(f"demo/{number:04d}", label) for number, label in enumerate(labels)]
     return NamedSet("demo", tuple(str(digit) for digit in range(10)), {"train": entries}, {"demo": table})
 
 
@@ -100,7 +136,7 @@ def _timm_set(source: str, cache_bytes: int) -> NamedSet:
     names = _class_names(splits["train"])
     values = sorted(set(labels["train"])) if names is None else list(range(len(names)))
     places = {value: place for place, value in enumerate(values)}
-    entries: dict[str, list[tuple[str, int]]] = {}
+    entries: dict[str, list[tuple[str, Label]]] = {}
     notes = []
     for split, found in labels.items():
         strange = [label for label in found if label not in places]
@@ -116,19 +152,136 @@ def _timm_set(source: str, cache_bytes: int) -> NamedSet:
     return NamedSet(rest.rstrip("/").rsplit("/", 1)[-1].lower(), classes, entries, tables, notes)
 
 
+def _benchmark_set(name: str, source: str) -> NamedSet:
+    """A set of the comparison, in a folder of its name below `data_root`."""
+    row, root = SETS[name], data_root() / name
+    with _reaching(name, row.by_hand(root)), resumable_downloads():
+        classes, tables = open_tables(row, root)
+    tables = {split: tables[split] for split in SPLITS if len(tables.get(split, ()))}
+    counts = {split: (len(tables.get(split, ())), size) for split, size in zip(SPLITS, row.sizes, strict=True)}
+    wrong = {split: pair for split, pair in counts.items() if pair[0] != pair[1]}
+    notes = [row.note] if row.note else []
+    notes += [f"{name}: {split} has {n:,} images, {size:,} were expected" for split, (n, size) in wrong.items()]
+    if Path(source).is_dir():
+        notes.append(f"the folder {source} here was not used; write ./{source} for it")
+    entries = {
+        split: [(f"{name}/{split}/{number}", label) for number, label in enumerate(table.labels)]
+        for split, table in tables.items()
+    }
+    by_path = {f"{name}/{split}": table for split, table in tables.items()}
+    return NamedSet(name, classes, entries, by_path, notes, row.metric, row.templates, row.squash)
+
+
 @contextlib.contextmanager
-def _reaching(source: str) -> Iterator[None]:
+def _reaching(source: str, by_hand: str = "give a folder of images") -> Iterator[None]:
     """Turn what readers raise into one line that says what was tried and how to do it without a connection."""
     try:
         # Readers print their download progress; stdout belongs to the result of the command.
         with contextlib.redirect_stdout(sys.stderr):
             yield
-    except UNREACHABLE as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    except (*UNREACHABLE, *DAMAGED) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(
             f"{source}: could not be opened under {data_root()} ({reason}); connect and try again, or open it on a "
-            "connected machine and set KADAPT_DATA to a copy of that folder, or give a folder of images"
+            f"connected machine and set KADAPT_DATA to a copy of that folder, or {by_hand}"
         ) from None
+
+
+# --- downloads ---
+
+
+@contextlib.contextmanager
+def resumable_downloads() -> Iterator[None]:
+    """Let torchvision download to FILE.part, go on there after an interruption, and unpack whole or not at all.
+
+    Raises:
+        DataError: A download whose MD5 checksum is not torchvision's.
+        RuntimeError: A file that cannot be fetched; what arrived of it is kept.
+    """
+    from torchvision.datasets import caltech, utils
+
+    fetched: list[str] = []
+    unpack = utils.extract_archive
+
+    def fetch(url: str, filename: str | Path) -> None:
+        fetched.append(url)
+        _fetch(url, Path(filename))
+
+    def unpack_whole(from_path: Any, to_path: Any = None, remove_finished: bool = False) -> None:
+        target = Path(to_path or Path(from_path).parent)
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".unpacking-") as scratch:
+            unpack(from_path, scratch, remove_finished)
+            _move_into(Path(scratch), target)
+
+    # urllib follows redirects by itself; torchvision's probe would only add a request.
+    mended = {"_urlretrieve": fetch, "_get_redirect_url": lambda url, max_hops=3: url, "extract_archive": unpack_whole}
+    places = [(utils, name) for name in mended] + [(caltech, "extract_archive")]
+    kept = [(module, name, getattr(module, name)) for module, name in places]
+    for module, name in places:
+        setattr(module, name, mended[name])
+    try:
+        yield
+    except RuntimeError as error:
+        if fetched and "File not found or corrupted" in str(error):
+            raise DataError(
+                f"{fetched[-1]}: the MD5 checksum of the download is not the expected one; try again, and fetch it by "
+                "other means if that does not help"
+            ) from None
+        raise
+    finally:
+        for module, name, original in kept:
+            setattr(module, name, original)
+
+
+def _fetch(url: str, file: Path) -> None:
+    """Download a file by way of FILE.part, trying again as long as each try brings more of it."""
+    part = file.with_name(f"{file.name}.part")
+    while True:
+        have = _size(part)
+        try:
+            _go_on(url, part, have)
+            part.replace(file)
+            return
+        except (OSError, http.client.HTTPException) as error:
+            if _size(part) <= have:
+                kept = f"; {_size(part):,} bytes of it are kept" if _size(part) else ""
+                # Not an OSError: torchvision would then try the same address without encryption.
+                raise RuntimeError(f"{url} could not be fetched: {getattr(error, 'reason', error)}{kept}") from None
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _go_on(url: str, part: Path, have: int) -> None:
+    """One request for what comes after the first `have` bytes; from the start if the server cannot do that."""
+    headers = {"User-Agent": "kadapt"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:
+            return  # nothing comes after what is here; the checksum decides whether it is the file
+        raise
+    with response, Progress(console=Console(stderr=True), transient=True) as progress:
+        have = have if response.status == 206 else 0
+        total = None if response.length is None else have + response.length
+        bar = progress.add_task(url.rsplit("/", 1)[-1], total=total, completed=have)
+        with part.open("ab" if have else "wb") as file:
+            while chunk := response.read(1 << 18):
+                progress.advance(bar, file.write(chunk))
+    if total is not None and _size(part) < total:
+        raise OSError(f"the connection ended after {_size(part):,} of {total:,} bytes")
+
+
+def _move_into(source: Path, target: Path) -> None:
+    """Move what a folder holds into another; a folder that both have is merged, a file is replaced."""
+    for entry in source.iterdir():
+        there = target / entry.name
+        if entry.is_dir() and there.is_dir():
+            _move_into(entry, there)
+        else:
+            entry.replace(there)
 
 
 def _create(source: str, split: str) -> Any:
@@ -193,3 +346,48 @@ def _labels(dataset: Any, table: Any) -> list[int]:
     if targets is not None and targets.ndim == 1:
         return [int(label) for label in targets]
     return [int(table[index][1]) for index in range(len(table))]
+
+
+# --- what `kadapt data` prints ---
+
+
+def listing() -> list[dict[str, Any]]:
+    """The sets of the comparison: what they are, how they are obtained and whether they are on this machine."""
+    rows = []
+    for row in SETS.values():
+        root = data_root() / row.name
+        present = row.is_present(root) or (bool(row.hf) and any((root / "hf").glob("**/*.arrow")))
+        sizes = {"name": row.name, "classes": row.classes} | dict(zip(SPLITS, row.sizes, strict=True))
+        how = {"metric": row.metric, "benchmarks": list(row.benchmarks), "obtained": row.obtained}
+        rows.append(sizes | how | {"present": present, "note": row.note})
+    return rows
+
+
+def check(source: str, *, shots: int | None = None, seed: int = 0) -> dict[str, Any]:
+    """Open a folder or a named set as a run would, decode every image drawn, and say what is there.
+
+    Returns:
+        ``splits`` counts the images of the run's splits, ``own`` those that the source itself has (named sets only) and
+        ``expected`` those that it should have (sets of the comparison only). ``digest`` is the SHA-256 of the manifest:
+        equal where images, labels and splits are.
+
+    Raises:
+        DataError: As `kadapt_cli.data.open_images`.
+    """
+    from kadapt_cli.data import manifest_csv, open_images
+
+    images = open_images(source, shots=shots, seed=seed, cache_bytes=0)
+    named = open_named(source, cache_bytes=1 << 30) if is_named(source) else None
+    row = SETS.get(_benchmark_name(source)) if named else None
+    return {
+        "schema_version": 1,
+        "data": source,
+        "name": images.name,
+        "classes": list(images.classes),
+        "metric": images.metric,
+        "splits": {split: len(images.splits[split]) for split in SPLITS},
+        "own": {split: len(rows) for split, rows in named.entries.items()} if named else None,
+        "expected": dict(zip(SPLITS, row.sizes, strict=True)) if row else None,
+        "digest": hashlib.sha256(manifest_csv(images).encode()).hexdigest(),
+        "notes": images.notes,
+    }

@@ -4,16 +4,19 @@ stdout carries the result alone (with --json exactly one JSON document); everyth
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from kadapt_cli import __version__
 from kadapt_cli.config import TrainConfig, resolve
-from kadapt_cli.errors import INTERRUPTED, KadaptError
+from kadapt_cli.errors import INTERRUPTED, KadaptError, UsageError, listed
 from kadapt_cli.progress import Display, print_line, show_result
 
 app = typer.Typer(
@@ -89,8 +92,11 @@ def train(
     targets: Annotated[str | None, _option("targets")] = None,
     terms: Annotated[int | None, _option("terms")] = None,
     rank: Annotated[int | None, _option("rank")] = None,
+    width: Annotated[int | None, _option("width")] = None,
     rule: Annotated[Literal["factored", "full"] | None, _option("rule")] = None,
     scale: Annotated[float | None, _option("scale")] = None,
+    head_init: Annotated[Literal["means", "zero", "text"] | None, _option("head_init")] = None,
+    metric: Annotated[str | None, _option("metric")] = None,
     device: Annotated[Device | None, _option("device")] = None,
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, _option("precision")] = None,
     backend: Annotated[Literal["auto", "eager", "merge", "triton"] | None, _option("backend")] = None,
@@ -118,14 +124,15 @@ def train(
     from kadapt_cli.train import dry_run as run_dry
     from kadapt_cli.train import train as run_train
 
-    display = Display(Console(stderr=True))
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks
+    display = Display(Console(stderr=True), quiet=not is_first)
     folder = out if out is not None else default_out(resolved, resume)
     result = (
         run_dry(resolved, folder, display) if dry_run else run_train(resolved, folder, resume=resume, display=display)
     )
-    if as_json:
+    if as_json and is_first:
         _print_json(result)
-    else:
+    elif is_first:
         show_result(result, Console())
 
 
@@ -198,6 +205,101 @@ def merge_weights(
     )
     if dtype != "fp32":
         print_line(console, f"rounding to {dtype} destroyed {result['rounding_loss']:.1%} of the adapter")
+
+
+@app.command()
+def methods(as_json: JsonFlag = False) -> None:
+    """List the adaptation methods: what they train, and how many parameters."""
+    from kadapt_cli.adapters import METHODS
+
+    if as_json:
+        keys = ("SUMMARY", "FORMULA", "LR", "OPTIONS", "UNMERGED")
+        rows = [{"method": name} | {key.lower(): getattr(how, key) for key in keys} for name, how in METHODS.items()]
+        _print_json({"schema_version": 1, "methods": rows})
+        return
+    from kadapt_cli.report import methods_table
+
+    Console().print(methods_table(METHODS))
+
+
+@app.command()
+def compare(
+    data: Annotated[list[str], typer.Option(help="A data set as 'kadapt train' takes it; once for each.")],
+    method: Annotated[list[str] | None, typer.Option(help="A method; once for each. \\[default: all]")] = None,
+    model: Annotated[str | None, _option("model")] = None,
+    shots: Annotated[int | None, _option("shots")] = 5,
+    full_shot: Annotated[bool, typer.Option("--full-shot", help="All training images instead of --shots.")] = False,
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    search: Annotated[
+        Literal["none", "coarse", "faithful", "optuna"],
+        typer.Option(help="Of learning rate and weight decay: the methods' defaults, 5 trials, ELEVATER's, or Optuna."),
+    ] = "none",
+    trials: Annotated[int, typer.Option(min=1, help="Trials of --search optuna.")] = 20,
+    search_epochs: Annotated[int, typer.Option(min=1, help="Epochs of a trial.")] = 10,
+    select: Annotated[
+        Literal["validation", "pooled", "test-best"],
+        typer.Option(
+            help="Settings by each cell's validation, or one setting a method by all cells; test-best also takes the "
+            "best epoch on the test, to compare with benchmarks that do."
+        ),
+    ] = "validation",
+    epochs: Annotated[int | None, _option("epochs")] = None,
+    batch_size: Annotated[int | None, _option("batch_size")] = None,
+    augment: Annotated[Literal["none", "light", "strong"] | None, _option("augment")] = None,
+    head_init: Annotated[Literal["means", "zero", "text"] | None, _option("head_init")] = None,
+    metric: Annotated[str | None, _option("metric")] = None,
+    img_size: Annotated[int | None, _option("img_size")] = None,
+    targets: Annotated[str | None, _option("targets")] = None,
+    device: Annotated[Device | None, _option("device")] = None,
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, _option("precision")] = None,
+    weights: Annotated[str | None, _option("weights")] = None,
+    skip_bad: SkipBad = False,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="Share the study: an Optuna journal file (journal:PATH) or a database URL.", show_default=False
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+    m0: Annotated[float, typer.Option(min=1, help="M0 of PE = score · exp(-log10(P/M0 + 1)).")] = 1e8,
+    out: Annotated[Path, typer.Option(help="The folder of the study and its result; the same one goes on.")] = Path(
+        "comparison"
+    ),
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare adaptation methods at equal footing: the same images, the same budget of trials, one look at the test."""
+    given = {name: value for name, value in locals().items() if name in TrainConfig.model_fields and value is not None}
+    given = {name: value for name, value in given.items() if name not in ("data", "method")}
+    given |= {"targets": [t.strip() for t in targets.split(",")]} if targets is not None else {}
+    given |= {"shots": None} if full_shot else {}
+    base, numbers = resolve(given), _numbers("--seeds", seeds)
+    from kadapt_cli import compare as worker
+    from kadapt_cli.adapters import METHODS
+
+    grid = worker.Grid(
+        data=tuple(data),
+        methods=tuple(method or METHODS),
+        seeds=numbers,
+        base=base,
+        search=search,
+        search_epochs=search_epochs,
+        trials=trials,
+        select=select,
+    )
+    found = worker.compare(grid, out, Display(Console(stderr=True)), storage=storage, jobs=jobs, m0=m0)
+    if as_json:
+        _print_json(found.document)
+        return
+    Console().print(found.shown)
+    print_line(Console(), f"wrote {out / worker.CSV}, {out / worker.JSON} and {out / worker.PAGE}")
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Comma-separated whole numbers from 0."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"{option}: whole numbers from 0 were expected, separated by commas, {text!r} given")
+    return tuple(int(part) for part in parts)
 
 
 app.command("merge-weights")(merge_weights)
@@ -276,6 +378,59 @@ def bench_kernels(
         say("compiling the GPU kernels for sm_90")
         console.print("", tables.aot_table("sm_90", bench.aot("sm_90", quick=True)))
         print_line(console, "kadapt bench-kernels --aot ARCH reports on all of them")
+
+
+data_app = typer.Typer(help="Named data sets: what there is, and whether it can be used.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("list")
+def data_list(as_json: JsonFlag = False) -> None:
+    """List the data sets of the comparison, and which of them are on this machine."""
+    from kadapt_cli import catalog
+
+    rows = catalog.listing()
+    if as_json:
+        _print_json({"schema_version": 1, "folder": str(catalog.data_root()), "sets": rows})
+        return
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for header in ("name", "classes", "train", "val", "test"):
+        table.add_column(header, justify="left" if header == "name" else "right", no_wrap=True)
+    for header in ("metric", "obtained", "here"):
+        table.add_column(header, overflow="fold")
+    for row in rows:
+        counts = [f"{row[key]:,}" if row[key] else "–" for key in ("classes", "train", "val", "test")]
+        table.add_row(row["name"], *counts, row["metric"], row["obtained"], "yes" if row["present"] else "no")
+    console = Console()
+    console.print(table, "")
+    print_line(console, f"they live in {catalog.data_root()}, which KADAPT_DATA changes")
+
+
+@data_app.command("check")
+def data_check(
+    source: Annotated[str, typer.Argument(metavar="NAME|PATH", help="A named set, or a folder of images.")],
+    shots: Annotated[int | None, typer.Option(help="Training images a class. \\[default: all]")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Open data as a run would, decode every image of its splits, and say what is there."""
+    from kadapt_cli import catalog
+
+    found = catalog.check(source, shots=shots, seed=seed)
+    if as_json:
+        _print_json(found)
+        return
+    console = Console()
+    print_line(console, f"{found['name']}: {len(found['classes'])} classes ({listed(found['classes'])})")
+    print_line(console, f"metric: {found['metric']}")
+    for split, count in found["splits"].items():
+        words = f"{split}: {count:,} images in this draw"
+        words += f", {found['own'].get(split, 0):,} in the set" if found["own"] is not None else ""
+        words += f", {found['expected'][split]:,} expected there" if found["expected"] is not None else ""
+        print_line(console, words)
+    print_line(console, f"digest of the manifest: {found['digest']}")
+    for note in found["notes"]:
+        print_line(console, f"note: {note}")
 
 
 def _print_json(document: dict[str, Any]) -> None:

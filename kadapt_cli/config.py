@@ -29,14 +29,19 @@ class TrainConfig(BaseModel):
         "demo", min_length=1, description="A folder of classes, 'demo', or a named set (torch/…, hfds/…)."
     )
     model: str = Field("vit32", min_length=1, description="A timm model name, 'local-dir:DIR', or the bundled 'vit32'.")
-    method: str = Field("kadaptation", description="The adaptation method.")
+    method: str = Field("kadaptation", description="The adaptation method; see 'kadapt methods'.")
+    metric: Literal["accuracy", "mean-per-class", "11point_mAP", "roc_auc"] | None = Field(
+        None, description="What the data is scored by; its own metric when not given, accuracy for a folder."
+    )
     shots: int | None = Field(
         None, ge=1, description="Training images drawn a class, validation included; all of them when not given."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the draw, the initialisation and the order of images.")
     epochs: int = Field(40, ge=1, description="Passes over the training images.")
-    lr: float = Field(4e-3, gt=0, description="Peak learning rate.")
-    weight_decay: float = Field(1e-4, ge=0, description="Weight decay of AdamW.")
+    lr: float | None = Field(None, gt=0, description="Peak learning rate; the method's own when not given.")
+    weight_decay: float | None = Field(
+        None, ge=0, description="Weight decay of AdamW (1e-4), or of linear's objective (0.1)."
+    )
     batch_size: int = Field(32, ge=1, description="Images an optimizer step.")
     micro_batch: int | None = Field(
         None,
@@ -52,9 +57,18 @@ class TrainConfig(BaseModel):
     img_size: int | None = Field(None, ge=8, le=4096, description="Image size; the model's own when not given.")
     targets: tuple[str, ...] = Field(("q", "v"), min_length=1, description="What to adapt: comma-separated globs.")
     terms: int | None = Field(None, ge=1, description="T, Kronecker terms and side of A; up to 32 when not given.")
-    rank: int = Field(1, ge=1, description="r, the rank of each block B_t = u_t v_tᵀ.")
+    rank: int | None = Field(
+        None, ge=1, description="r, the rank of each block B_t = u_t v_tᵀ (1), of lora (4) or of lokr's block (4)."
+    )
+    width: int | None = Field(
+        None, ge=1, description="Bottleneck of adapter and compacter (64), prompts a block of vpt (10)."
+    )
     rule: Literal["factored", "full"] = Field("factored", description="A_t as a_t b_tᵀ (factored) or as a full matrix.")
-    scale: float | None = Field(None, gt=0, description="s, the factor before ΔW; 14/√width when not given.")
+    scale: float | None = Field(None, gt=0, description="s, the factor before ΔW; the method's own when not given.")
+    head_init: Literal["means", "zero", "text"] = Field(
+        "means",
+        description="Start of the classifier: class means, zero, or CLIP's text embeddings of the class names.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="Number format of the backbone.")
     backend: Literal["auto", "eager", "merge", "triton"] = Field(

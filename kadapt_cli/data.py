@@ -4,7 +4,9 @@ Every image is read once: its bytes are hashed and decoded, and the pixels are k
 is a path, a label, a size and a digest; the list of samples is the manifest that a run keeps and later checks.
 
 A draw ranks the images of a class by sha256(seed:path) and takes the first k. It depends on nothing but the seed and
-the paths of that class: not on the order of files, and not on files of other classes.
+the paths of that class: not on the order of files, and not on files of other classes. An image of several classes
+(a multi-label set) counts for each of them: in the same order, it is taken while one of its classes has fewer than k.
+A class then has k images or more, roughly k (in the spirit of ELEVATER's few-shot draw).
 """
 
 import contextlib
@@ -16,7 +18,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from kadapt_cli import catalog
 from kadapt_cli.catalog import NamedSet, is_named, open_named
 from kadapt_cli.errors import DataError, UsageError, listed, shown
 from kadapt_cli.images import IMAGE_SUFFIXES, decode_image, quiet_decoder, read_bytes, refusing, to_rgb
@@ -47,13 +50,20 @@ class Sample:
 
     ``path`` is relative to the data folder, or names a picture of a named set ("torch/mnist/train/12", "demo/0007").
     ``label`` is an index into the classes. ``size`` in bytes and ``digest`` (SHA-256) are those of the file, or of the
-    RGB pixels in a named set; they are 0 and "" until the image has been checked.
+    RGB pixels in a named set; they are 0 and "" until the image has been checked. ``also`` are the further labels of an
+    image of a multi-label set, where ``label`` is -1 if it has none.
     """
 
     path: str
     label: int
     size: int = 0
     digest: str = ""
+    also: tuple[int, ...] = ()
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """All labels of the image; empty for an image of a multi-label set that shows none of its classes."""
+        return (self.label, *self.also) if self.label >= 0 else ()
 
 
 @dataclass
@@ -61,7 +71,9 @@ class ImageSet:
     """Checked images with their labels and splits.
 
     ``splits`` always has "train", "val" and "test", each sorted by path and possibly empty. ``classes`` are the names
-    of the class folders, sorted; a named set keeps its own order. ``notes`` are lines for people.
+    of the class folders, sorted; a named set keeps its own order. ``notes`` are lines for people. ``metric`` is one of
+    `metrics.METRICS`; ``templates`` put a class name into a sentence; with ``squash`` pictures are resized to a square
+    without a crop.
     """
 
     name: str
@@ -72,6 +84,14 @@ class ImageSet:
     notes: list[str]
     load: Callable[[str], Loaded] = field(repr=False)
     cache: dict[str, Image.Image] = field(default_factory=dict, repr=False)
+    metric: str = "accuracy"
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    squash: bool = False
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image can have several labels, or none."""
+        return self.metric == "11point_mAP"
 
     def image(self, sample: Sample) -> Image.Image:
         """The RGB picture of a sample, shared with the cache: not to be changed in place.
@@ -150,9 +170,11 @@ def _root_of(source: str) -> Path:
         return root
     packed = "; unpack it first" if root.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".7z") else ""
     what = f"a file{packed}" if root.is_file() else "not a folder"
+    close = [] if root.is_file() else catalog.suggest(source)
+    mend = f"did you mean {' or '.join(close)}? Otherwise give" if close else "give"
     raise DataError(
-        f"{shown(source)}: {what}; give a folder with a subfolder of images for each class, 'demo', "
-        "or a named set (torch/…, hfds/…)"
+        f"{shown(source)}: {what}; {mend} a folder with a subfolder of images for each class, 'demo', "
+        "or a named set (see 'kadapt data list'; torch/…, hfds/…)"
     )
 
 
@@ -259,7 +281,7 @@ def _check(images: ImageSet, samples: Sequence[Sample], cache_bytes: int) -> tup
                 bad[sample.path] = str(loaded)
                 continue
             size, digest, image = loaded
-            good[sample.path] = Sample(sample.path, sample.label, size, digest)
+            good[sample.path] = replace(sample, size=size, digest=digest)
             room -= 3 * image.width * image.height
             if room >= 0:
                 images.cache[sample.path] = image
@@ -303,7 +325,7 @@ def _split_notes(splits: Splits, classes: Sequence[str]) -> list[str]:
         if same:
             pair = f"{shown(same[0].path)} = {shown(first[same[0].digest])}"
             notes.append(f"{len(same)} of {len(splits[split])} {split} images are training images too ({pair})")
-        labels = {sample.label for sample in splits[split]}
+        labels = {label for sample in splits[split] for label in sample.labels}
         absent = [shown(name) for label, name in enumerate(classes) if label not in labels]
         if splits[split] and absent:
             notes.append(f"no {split} images of class {listed(absent)}")
@@ -318,7 +340,7 @@ def _split_notes(splits: Splits, classes: Sequence[str]) -> list[str]:
 def _divide(pools: Splits, classes: Sequence[str], shots: int | None, seed: int, val: str, where: str) -> Splits:
     """Draw train, val and test from the pools a source has ("train", and "val" and "test" where it has them)."""
     least = shots or 1 + (val == "auto" and "val" not in pools) + ("test" not in pools)
-    counts = Counter(sample.label for sample in pools["train"])
+    counts = Counter(label for sample in pools["train"] for label in sample.labels)
     short = [f"{shown(name)} ({counts[label]})" for label, name in enumerate(classes) if counts[label] < least]
     if short:
         need = f"{shots} shots need" if shots else "the splits need"
@@ -328,27 +350,40 @@ def _divide(pools: Splits, classes: Sequence[str], shots: int | None, seed: int,
     if shots is not None:
         drawn, rest = _take(drawn, lambda n: shots, f"{seed}")
     elif "test" not in pools:
-        rest, drawn = _take(drawn, _fifth, f"{seed}")
+        rest, drawn = _take(drawn, _fifth, f"{seed}", least=1)
     kept: list[Sample] = []
     if val == "auto" and "val" in pools:
         kept = pools["val"]
     elif val == "auto":
-        kept, drawn = _take(drawn, _fifth, f"{seed}:val")
+        kept, drawn = _take(drawn, _fifth, f"{seed}:val", least=1)
     splits = {"train": drawn, "val": kept, "test": pools.get("test", rest)}
     return {split: sorted(samples, key=_by_path) for split, samples in splits.items()}
 
 
-def _take(samples: Sequence[Sample], count: Callable[[int], int], salt: str) -> tuple[list[Sample], list[Sample]]:
-    """Of each class, the first `count(n)` of its n samples by the hash of salt and path; and all the others."""
+def _take(
+    samples: Sequence[Sample], count: Callable[[int], int], salt: str, least: int = 0
+) -> tuple[list[Sample], list[Sample]]:
+    """Of each class, the first `count(n)` of its n samples by the hash of salt and path; and all the others.
+
+    A sample of several classes is taken while one of them lacks samples, and none of them would be left with fewer than
+    `least`; one without a class is never taken.
+    """
 
     def rank(sample: Sample) -> bytes:
         return hashlib.sha256(os.fsencode(f"{salt}:{sample.path}")).digest()
 
-    groups: dict[int, list[Sample]] = {}
+    totals = Counter(label for sample in samples for label in sample.labels)
+    lacking = {label: count(n) for label, n in totals.items()}
+    taken, left = [], []
     for sample in sorted(samples, key=rank):
-        groups.setdefault(sample.label, []).append(sample)
-    taken = [sample for group in groups.values() for sample in group[: count(len(group))]]
-    left = [sample for group in groups.values() for sample in group[count(len(group)) :]]
+        wanted = any(lacking[label] > 0 for label in sample.labels)
+        if wanted and all(totals[label] > least for label in sample.labels):
+            taken.append(sample)
+            for label in sample.labels:
+                lacking[label] -= 1
+                totals[label] -= 1
+        else:
+            left.append(sample)
     return taken, left
 
 
@@ -395,22 +430,49 @@ def open_images(
     if source == "demo" and shots is None:
         shots = DEMO_SHOTS
     images = _open_named(source, cache_bytes) if is_named(source) else _open_folder(source, val, classes)
+    has_val = "val" in images.splits
     if len(images.classes) < 2:
         raise DataError(
             f"{shown(source)}: two classes or more were expected, {shown(images.classes[0])} is the only one"
         )
-    if shots == 1 and val == "auto" and "val" not in images.splits:
+    if shots == 1 and val == "auto" and not has_val:
         raise UsageError("shots: one image a class leaves none to train on beside validation; pass --val none")
     where = shown(source)
     divide = partial(_divide, classes=images.classes, shots=shots, seed=seed, val=val, where=where)
-    return _complete(images, divide, skip_bad, cache_bytes)
+    images = _complete(images, divide, skip_bad, cache_bytes)
+    if images.multi_label and shots is not None:
+        drawn = images.splits["train"] + ([] if has_val else images.splits["val"])
+        counts = Counter(label for sample in drawn for label in sample.labels).values()
+        span = f"{min(counts)} to {max(counts)}"
+        images.notes.append(f"roughly {shots} shots: an image counts for all its classes, which have {span} each")
+    return images
+
+
+def merged(images: ImageSet) -> ImageSet:
+    """The same set with validation moved into train, for a final run on both; pictures in memory are shared."""
+    train = sorted(images.splits["train"] + images.splits["val"], key=_by_path)
+    return replace(images, splits={**images.splits, "train": train, "val": []}, notes=list(images.notes))
 
 
 def _open_named(source: str, cache_bytes: int) -> ImageSet:
     """A named set with all samples of its own splits, none of them checked."""
     named = open_named(source, cache_bytes=cache_bytes)
-    pools = {split: [Sample(path, label) for path, label in rows] for split, rows in named.entries.items()}
-    return ImageSet(named.name, source, None, named.classes, pools, named.notes, partial(_load_named, named))
+    pools = {split: [_sample(path, label) for path, label in rows] for split, rows in named.entries.items()}
+    images = ImageSet(named.name, source, None, named.classes, pools, named.notes, partial(_load_named, named))
+    images.metric, images.templates, images.squash = named.metric, named.templates, named.squash
+    awkward = [shown(name) for name in named.classes if "|" in name or not name]
+    if images.multi_label and awkward:
+        raise DataError(
+            f"{source}: class names without '|' were expected of a multi-label set, {listed(awkward)} given, as '|' "
+            "joins the names of an image's classes in the manifest; rename it"
+        )
+    return images
+
+
+def _sample(path: str, labels: int | tuple[int, ...], size: int = 0, digest: str = "") -> Sample:
+    """A sample of one label, or of the labels of a multi-label set, in increasing order."""
+    first, *also = (labels,) if isinstance(labels, int) else sorted(set(labels)) or (-1,)
+    return Sample(path, first, size, digest, tuple(also))
 
 
 def _open_folder(source: str, val: str, classes: tuple[str, ...] | None) -> ImageSet:
@@ -495,6 +557,12 @@ def restore(source: str, manifest: Splits, classes: tuple[str, ...], *, cache_by
         images = ImageSet(root.name, source, root, classes, {}, [], partial(_load_file, root))
     images.classes, images.splits = classes, manifest
     wanted = [sample for split in SPLITS for sample in manifest[split]]
+    strange = [sample for sample in wanted if len(sample.labels) != 1 and not images.multi_label]
+    if strange:
+        raise DataError(
+            f"{shown(source)}: manifest.csv: {shown(strange[0].path)} was expected to have one class, "
+            f"{len(strange[0].labels)} given; the run is damaged"
+        )
     good, bad = _check(images, wanted, cache_bytes)
     bad |= {
         sample.path: f"{shown(sample.path)}: changed" for sample in wanted if good.get(sample.path, sample) != sample
@@ -511,13 +579,17 @@ def restore(source: str, manifest: Splits, classes: tuple[str, ...], *, cache_by
 
 
 def manifest_csv(images: ImageSet) -> str:
-    """The samples of a set as CSV with the columns path, label (the class name), split, bytes and sha256."""
+    """The samples of a set as CSV with the columns path, label (the class name), split, bytes and sha256.
+
+    The names of an image's classes are joined by '|' in a multi-label set, where class names have no '|'.
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(MANIFEST_COLUMNS)
     for split in SPLITS:
         for sample in images.splits[split]:
-            writer.writerow([sample.path, images.classes[sample.label], split, sample.size, sample.digest])
+            names = "|".join(images.classes[label] for label in sample.labels)
+            writer.writerow([sample.path, names, split, sample.size, sample.digest])
     return text.getvalue()
 
 
@@ -536,7 +608,8 @@ def parse_manifest(text: str, classes: tuple[str, ...]) -> Splits:
         for path, name, split, size, digest in rows:
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise ValueError(f"{path!r} leaves the data folder")
-            splits[split].append(Sample(path, labels[name], int(size), digest))
+            names = [name] if name in labels else name.split("|") if name else []
+            splits[split].append(_sample(path, tuple(labels[name] for name in names), int(size), digest))
     except (ValueError, KeyError, csv.Error) as error:
         raise DataError(f"manifest.csv: line {rows.line_num} cannot be used ({error}); the run is damaged") from None
     return splits
@@ -557,7 +630,7 @@ class Transform:
         return self.steps(image)
 
 
-def make_transform(data_config: dict[str, Any], *, augment: str) -> Transform:
+def make_transform(data_config: dict[str, Any], *, augment: str, squash: bool = False) -> Transform:
     """timm's transform for a model.
 
     Args:
@@ -566,6 +639,7 @@ def make_transform(data_config: dict[str, Any], *, augment: str) -> Transform:
         augment: "none" is the evaluation transform. "light" crops to 35 % of the area or more and jitters colours; it
             never mirrors, which would make another class of a letter or a hand. "strong" crops to 20 % or more, mirrors
             half of the time, solarises, greys or blurs (timm's "3a"), and erases rectangles.
+        squash: Without augmentation, resize the whole picture to the input size, whatever its shape, and crop nothing.
 
     Raises:
         UsageError: Another value of `augment`.
@@ -581,12 +655,15 @@ def make_transform(data_config: dict[str, Any], *, augment: str) -> Transform:
         raise UsageError(f"augment: one of {', '.join(choices)} was expected, {augment!r} given")
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     is_random = augment != "none"
-    steps = create_transform(**{key: data_config.get(key) for key in keys}, **choices[augment], is_training=is_random)
+    chosen = {key: data_config.get(key) for key in keys} | ({"crop_mode": "squash", "crop_pct": 1.0} if squash else {})
+    steps = create_transform(**chosen, **choices[augment], is_training=is_random)
     return Transform(steps, is_random)
 
 
-class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
     """The samples of one split as (float32 tensor (3, H, W), label), in the order of the manifest.
+
+    A label is an int; in a multi-label set it is a float32 tensor (C,) of zeros and ones.
 
     With a random transform, the numbers drawn for a sample depend on the seed, the epoch and its index alone: not on
     the order of samples, on workers, or on where a run was resumed; the global generators are left as they were. With
@@ -616,15 +693,23 @@ class ImageDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         sample = self.samples[index]
+        label = self._label(sample)
         if index in self.kept:
-            return self.kept[index], sample.label
+            return self.kept[index], label
         with _seeded(f"{self.seed}:{self.epoch}:{index}") if self.is_random else contextlib.nullcontext():
             tensor = self.transform(self.images.image(sample))
         if not self.is_random and tensor.nbytes * len(self.samples) <= TENSOR_CACHE_BYTES:
             self.kept[index] = tensor
-        return tensor, sample.label
+        return tensor, label
+
+    def _label(self, sample: Sample) -> int | torch.Tensor:
+        if not self.images.multi_label:
+            return sample.label
+        label = torch.zeros(len(self.images.classes))
+        label[list(sample.labels)] = 1
+        return label
 
 
 @contextlib.contextmanager

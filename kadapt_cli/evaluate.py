@@ -92,7 +92,7 @@ def tensors_of(adapted: Adapted) -> dict[str, Tensor]:
 
 
 def logits(
-    module: nn.Module, dataset: Dataset[tuple[Tensor, int]], device: torch.device, dtype: torch.dtype = torch.float32
+    module: nn.Module, dataset: Dataset[Any], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """(n, C) float32 logits and (n,) labels of a dataset, in its order, on the CPU; no gradients."""
     out, labels = [], []

@@ -38,13 +38,16 @@ def merge(path: Path, out: Path, *, dtype: str) -> dict[str, Any]:
         checked, and the part of the weight updates' norm that rounding to `dtype` destroyed.
 
     Raises:
-        UsageError: `out` is not free.
+        UsageError: `out` is not free, or the run's method is no change of plain weights.
         ModelError: As `evaluate.open_run`.
         CheckFailedError: In fp32, logits differ by more than 1e-4; what was written stays for inspection.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out: {out} already exists; give a new or empty folder")
     run = open_run(path)
+    why_not = method(run.config.method).UNMERGED
+    if why_not:
+        raise UsageError(f"{path}: {run.config.method} cannot be merged: {why_not}; use the run with kadapt predict")
     base = load_backbone(run.config).module.state_dict()  # anew: the run's model has its linears replaced
     state, loss = merged_state(run.adapted, base, DTYPES[dtype])
     _write(run, state, out)
@@ -77,15 +80,15 @@ def merged_state(adapted: Adapted, base: Mapping[str, Tensor], dtype: torch.dtyp
         base: The state dict of its backbone before it was adapted.
         dtype: Of the result.
     """
-    state = {key: t.to(torch.float64, copy=True) if t.is_floating_point() else t for key, t in base.items()}
+    before = {key: t.to(torch.float64, copy=True) if t.is_floating_point() else t for key, t in base.items()}
+    state = {key: t.clone() for key, t in before.items()}
     tensors = {name: parameter.detach().cpu() for name, parameter in adapted.adapter.items()}
+    method(adapted.config.method).merge(state, tensors, adapted.segments, adapted.config)
     lost, whole = 0.0, 0.0
-    for key, row, delta in method(adapted.config.method).deltas(tensors, adapted.segments, adapted.config):
-        rows = slice(row, row + len(delta))
-        before = state[key][rows].clone()
-        state[key][rows] += delta
-        if delta.dim() == 2:
-            survived = state[key][rows].to(dtype).double() - before.to(dtype).double()
+    for key, tensor in state.items():
+        if tensor.dim() == 2 and tensor.is_floating_point():
+            delta = tensor - before[key]
+            survived = tensor.to(dtype).double() - before[key].to(dtype).double()
             lost += float((survived - delta).square().sum())
             whole += float(delta.square().sum())
     weight, bias = adapted.head.folded()
@@ -162,7 +165,7 @@ with torch.inference_mode():
 def _verify(run: Run, out: Path, images: Tensor) -> float:
     """The largest difference between the adapted model's logits and those of the folder, loaded in a new process."""
     labelled = torch.utils.data.TensorDataset(images, torch.zeros(len(images), dtype=torch.long))
-    expected, _ = logits(run.adapted.module(), labelled, torch.device("cpu"))  # type: ignore[arg-type]
+    expected, _ = logits(run.adapted.module(), labelled, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "images.safetensors", Path(folder) / "logits.safetensors"
         save_file({"images": images}, source)

@@ -8,6 +8,7 @@ downloads, strictly. kadapt opens the file itself, so no pickle is ever read.
 
 import difflib
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -193,6 +194,79 @@ def replace_linear(model: nn.Module, path: str, make: Callable[[Tensor, Tensor |
     return new
 
 
+Extra = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named arguments of a block beside the activations
+
+
+class Tail(nn.Module):
+    """What a vision transformer does from block `first` on: activations (B, tokens, d) to features (B, feature_dim).
+
+    The blocks are those of `module`, not copies. `extra` are the arguments that its blocks are called with beside the
+    activations, such as rotary embeddings; they do not depend on the images.
+
+    Where the classifier sees the class token alone, the last block's MLP, two thirds of its work, runs on that token
+    alone: its sum with the other tokens is broadcast to them and read by nobody.
+    """
+
+    def __init__(self, module: nn.Module, first: int, extra: Extra) -> None:
+        super().__init__()
+        self.module = module
+        self.first = first
+        self.extra = extra
+
+    def forward(self, x: Tensor) -> Tensor:
+        args, kwargs = self.extra
+        module: Any = self.module
+        blocks = list(module.blocks)[self.first :]
+        before_mlp = getattr(blocks[-1], "norm2", None) if getattr(module, "global_pool", "") == "token" else None
+        with ExitStack() as stack:
+            if before_mlp is not None:
+                stack.callback(before_mlp.register_forward_pre_hook(_class_token).remove)
+            for block in blocks:
+                x = block(x, *args, **kwargs)
+        features: Tensor = module.forward_head(module.norm(x))
+        return features
+
+
+def _class_token(norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    return (args[0][:, :1],)
+
+
+def before_block(module: nn.Module, first: int, images: Tensor) -> tuple[Tensor, Extra]:
+    """The activations that block `first` is called with for images (B, 3, H, W), and its further arguments."""
+    caught: list[tuple[Tensor, Extra]] = []
+
+    def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append((args[0], (args[1:], kwargs)))
+        raise _CaughtError
+
+    blocks: Any = module.blocks
+    handle = blocks[first].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        module(images)
+    except _CaughtError:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+class _CaughtError(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+def first_trained_block(module: nn.Module) -> int:
+    """The index of the first block with a trainable parameter; 0 when something before the blocks has one.
+
+    When nothing in the blocks is trained it is their number.
+    """
+    blocks: Any = module.blocks
+    after = ("blocks.", "norm.", "fc_norm.", "attn_pool.", "head.")
+    if any(p.requires_grad and not name.startswith(after) for name, p in module.named_parameters()):
+        return 0
+    trained = [index for index, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())]
+    return trained[0] if trained else len(blocks)
+
+
 def full_model(backbone: Backbone, num_classes: int) -> nn.Module:
     """The same architecture as a complete timm classifier with random weights, in float32 and train mode."""
     config = _config(backbone.module) | {"num_classes": num_classes}
@@ -218,7 +292,7 @@ def _locate(name: str) -> tuple[str, Path | None]:
     elif prefix == "local-dir" and rest:
         folder = Path(rest)
     elif prefix == "hf-hub" and rest:
-        folder = _fetch(rest, "config.json").parent
+        folder = fetch(rest, "config.json").parent
     elif colon or "/" in name:
         raise ModelError(f"{name}: unknown model; give a folder as local-dir:DIR, a hub repository as hf-hub:REPO")
     else:
@@ -265,9 +339,9 @@ def _build(
 def _pretrained_file(name: str, config: dict[str, Any], folder: Path | None) -> Path:
     """The safetensors file with the pretrained weights, fetched when it is not there yet."""
     if name.startswith("hf-hub:"):
-        return _fetch(name.removeprefix("hf-hub:"), "model.safetensors")
+        return fetch(name.removeprefix("hf-hub:"), "model.safetensors")
     if folder is None and config.get("hf_hub_id"):
-        return _fetch(config["hf_hub_id"], "model.safetensors")
+        return fetch(config["hf_hub_id"], "model.safetensors")
     if folder is None:
         raise ModelError(f"{name}: timm knows no safetensors weights for it; pass --weights FILE or --no-pretrained")
     files = sorted(folder.glob("*.safetensors"))
@@ -280,7 +354,7 @@ def _pretrained_file(name: str, config: dict[str, Any], folder: Path | None) -> 
     return files[0]
 
 
-def _fetch(repo: str, filename: str) -> Path:
+def fetch(repo: str, filename: str) -> Path:
     """A file of a hub repository (``owner/name`` or ``owner/name@revision``): from the cache, else downloaded once."""
     repo, _, branch = repo.partition("@")
     revision = branch or None

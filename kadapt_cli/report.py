@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -33,9 +34,22 @@ Point = tuple[float, float]
 # Tables
 
 
+def methods_table(methods: Mapping[str, ModuleType]) -> RenderableType:
+    """The methods: parameters without the head, default learning rate, whether they merge, what they train."""
+    table = new_table("method", "rate")
+    table.add_column("merges")
+    table.add_column("parameters", overflow="fold")
+    table.add_column("trains", overflow="fold")
+    for name, how in methods.items():
+        rate = "" if how.LR is None else f"{how.LR:g}"
+        table.add_row(name, rate, "no" if how.UNMERGED else "yes", how.FORMULA, how.SUMMARY)
+    letters = "d width, L blocks, T = S terms, r --rank, w --width; the head adds (features + 1) · classes"
+    return Group(table, Text(letters, style="dim"))
+
+
 def metrics_table(metrics: Metrics) -> RenderableType:
     """The four numbers of the whole set in %, with their 95 % bootstrap intervals and what limits them."""
-    table = _table("metric", "%", "low", "high")
+    table = new_table("metric", "%", "low", "high")
     table.add_row("accuracy", *_percent(metrics.accuracy))
     table.add_row("balanced accuracy", *_percent(metrics.balanced_accuracy))
     if metrics.top5:
@@ -52,9 +66,9 @@ def metrics_table(metrics: Metrics) -> RenderableType:
 
 def per_class_table(metrics: Metrics) -> RenderableType:
     """Images and recall of each class, recall in % with its 95 % bootstrap interval; dashes without images."""
-    table = _table("class", "images", "recall %", "low", "high")
+    table = new_table("class", "images", "recall %", "low", "high")
     for name, n, recall in metrics.per_class:
-        table.add_row(_plain(name), str(n), *(_percent(recall) if recall else "---"))
+        table.add_row(plain(name), str(n), *(_percent(recall) if recall else "---"))
     return table
 
 
@@ -82,7 +96,7 @@ class _Confusion:
 
 def _matrix(metrics: Metrics, numbered: bool) -> Table:
     """The matrix with class names above the columns, or with numbers where names would be too wide."""
-    names = [_plain(row.name) for row in metrics.per_class]
+    names = [plain(row.name) for row in metrics.per_class]
     numbers = [Text(str(i + 1)) for i in range(len(names))]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, header_style="bold")
     if numbered:
@@ -112,12 +126,12 @@ def _frequent_confusions(metrics: Metrics) -> list[RenderableType]:
     shown = pairs[:MAX_CONFUSIONS]
     lines = Table.grid(padding=(0, 1, 0, 0))  # a column of its own for the dash indents what wraps
     for true, predicted in shown:
-        line = _plain(metrics.per_class[true].name) + Text(" taken for ") + _plain(metrics.per_class[predicted].name)
+        line = plain(metrics.per_class[true].name) + Text(" taken for ") + plain(metrics.per_class[predicted].name)
         lines.add_row("-", line + Text(f": {wrong[true, predicted]} of {metrics.per_class[true].n}"))
     return [Text(f"most frequent confusions ({len(shown)} of {len(pairs)})", style="bold"), lines]
 
 
-def _table(label: str, *numbers: str) -> Table:
+def new_table(label: str, *numbers: str) -> Table:
     """A table of one column of names, which fold where it is narrow, and columns of numbers, which do not."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column(label, overflow="fold")
@@ -130,7 +144,7 @@ def _percent(interval: Interval) -> list[str]:
     return [f"{100 * part:.1f}" for part in (interval.value, interval.low, interval.high)]
 
 
-def _plain(name: str) -> Text:
+def plain(name: str) -> Text:
     """A name as it stands: Text reads no markup and no :emoji:; control characters would reach the terminal."""
     return Text(visible(name))
 
@@ -211,16 +225,16 @@ def curves_svg(history: History, title: str) -> str:
     train, val = _points(history, "train_loss"), _points(history, "val_loss")
     accuracy = _points(history, "val_accuracy", factor=100)
     first, last = history[0]["epoch"], history[-1]["epoch"]
-    left = _Panel(56, first, last, _ticks([value for _, value in train + val] or [0, 1], 0, math.inf))
-    right = _Panel(420, first, last, _ticks([value for _, value in accuracy] or [0, 100], 0, 100))
-    shown = Text(_xml_safe(title))
+    left = _Panel(56, first, last, nice_ticks([value for _, value in train + val] or [0, 1], 0, math.inf))
+    right = _Panel(420, first, last, nice_ticks([value for _, value in accuracy] or [0, 100], 0, 100))
+    shown = Text(xml_safe(title))
     shown.truncate(80, overflow="ellipsis")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
         ' role="img" font-family="Helvetica, Arial, sans-serif" font-size="12">',
-        f"<title>{escape(_xml_safe(title))}</title>",
+        f"<title>{escape(xml_safe(title))}</title>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-        _text(16, 26, shown.plain, size=15, weight="bold"),
+        svg_text(16, 26, shown.plain, size=15, weight="bold"),
         *_axes(left, "Loss (nats)"),
         *_axes(right, "Validation accuracy (%)"),
         *_kept(history, left, right),
@@ -231,7 +245,7 @@ def curves_svg(history: History, title: str) -> str:
         *(_legend(left.left + 110, "validation", VALIDATION) if val else []),
     ]
     if not accuracy:
-        parts.append(_text(right.left + right.width / 2, 200, "no validation images", anchor="middle"))
+        parts.append(svg_text(right.left + right.width / 2, 200, "no validation images", anchor="middle"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -246,7 +260,7 @@ def _step(span: float, at_most: int) -> float:
     return next(step for step in (power, 2 * power, 5 * power, 10 * power) if span <= step * at_most * (1 + 1e-9))
 
 
-def _ticks(values: list[float], floor: float, ceiling: float) -> list[float]:
+def nice_ticks(values: list[float], floor: float, ceiling: float) -> list[float]:
     """Nice numbers from below the least value to above the greatest, within floor and ceiling; at least two."""
     low, high = min(values), max(values)
     if high - low <= 1e-3 * abs(high):  # a flat line gets some room
@@ -264,7 +278,7 @@ def _epoch_ticks(first: int, last: int) -> list[int]:
     return list(range(math.ceil(first / step) * step, last + 1, step))
 
 
-def _tick_label(value: float, step: float) -> str:
+def tick_label(value: float, step: float) -> str:
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return f"{value:.{decimals}f}" if decimals <= 4 and abs(value) < 1e5 else f"{value:.3g}"
 
@@ -272,19 +286,19 @@ def _tick_label(value: float, step: float) -> str:
 def _axes(panel: _Panel, heading: str) -> list[str]:
     """Heading, grid lines, tick labels and the name of the x-axis."""
     right = panel.left + panel.width
-    parts = [_text(panel.left, 54, heading, weight="bold")]
+    parts = [svg_text(panel.left, 54, heading, weight="bold")]
     for value in panel.ticks:
         y = panel.y(value)
-        parts.append(_rule(panel.left, y, right, y, GRID))
-        label = _tick_label(value, panel.ticks[1] - panel.ticks[0])
-        parts.append(_text(panel.left - 7, y + 4, label, anchor="end"))
+        parts.append(rule(panel.left, y, right, y, GRID))
+        label = tick_label(value, panel.ticks[1] - panel.ticks[0])
+        parts.append(svg_text(panel.left - 7, y + 4, label, anchor="end"))
     for epoch in _epoch_ticks(panel.first, panel.last):
         x = panel.x(epoch)
-        parts.append(_rule(x, panel.top, x, panel.bottom, GRID))
-        parts.append(_rule(x, panel.bottom, x, panel.bottom + 4, INK))
-        parts.append(_text(x, panel.bottom + 18, str(epoch), anchor="middle"))
-    parts.append(_rule(panel.left, panel.bottom, right, panel.bottom, INK))
-    parts.append(_text((panel.left + right) / 2, panel.bottom + 38, "epoch", anchor="middle"))
+        parts.append(rule(x, panel.top, x, panel.bottom, GRID))
+        parts.append(rule(x, panel.bottom, x, panel.bottom + 4, INK))
+        parts.append(svg_text(x, panel.bottom + 18, str(epoch), anchor="middle"))
+    parts.append(rule(panel.left, panel.bottom, right, panel.bottom, INK))
+    parts.append(svg_text((panel.left + right) / 2, panel.bottom + 38, "epoch", anchor="middle"))
     return parts
 
 
@@ -309,29 +323,29 @@ def _kept(history: History, loss: _Panel, accuracy: _Panel) -> list[str]:
     if kept is None:
         return []
     value = next(100 * row["val_accuracy"] for row in history if row["epoch"] == kept)
-    parts = [_rule(p.x(kept), p.top, p.x(kept), p.bottom, INK, dashes="2 3") for p in (loss, accuracy)]
+    parts = [rule(p.x(kept), p.top, p.x(kept), p.bottom, INK, dashes="2 3") for p in (loss, accuracy)]
     for x, y in ((accuracy.x(kept), accuracy.y(value)), (accuracy.left + 12, LEGEND - 4)):
         parts.append(
             f'<circle class="kept" cx="{x:.2f}" cy="{y:.2f}" r="5" fill="none" stroke="{INK}" stroke-width="1.5"/>'
         )
-    parts.append(_text(accuracy.left + 32, LEGEND, f"kept: epoch {kept}, {value:.1f} %"))
+    parts.append(svg_text(accuracy.left + 32, LEGEND, f"kept: epoch {kept}, {value:.1f} %"))
     return parts
 
 
 def _legend(x: float, words: str, colour: str, dashes: str = "none") -> list[str]:
-    return [_rule(x, LEGEND - 4, x + 26, LEGEND - 4, colour, dashes, width=2), _text(x + 32, LEGEND, words)]
+    return [rule(x, LEGEND - 4, x + 26, LEGEND - 4, colour, dashes, width=2), svg_text(x + 32, LEGEND, words)]
 
 
-def _rule(x1: float, y1: float, x2: float, y2: float, colour: str, dashes: str = "none", width: float = 1) -> str:
+def rule(x1: float, y1: float, x2: float, y2: float, colour: str, dashes: str = "none", width: float = 1) -> str:
     ends = f'x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}"'
     return f'<line {ends} stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dashes}"/>'
 
 
-def _text(x: float, y: float, words: str, *, anchor: str = "start", weight: str = "normal", size: int = 12) -> str:
+def svg_text(x: float, y: float, words: str, *, anchor: str = "start", weight: str = "normal", size: int = 12) -> str:
     style = f'text-anchor="{anchor}" font-weight="{weight}" font-size="{size}" fill="{INK}"'
     return f'<text x="{x:.2f}" y="{y:.2f}" {style}>{escape(words)}</text>'
 
 
-def _xml_safe(words: str) -> str:
+def xml_safe(words: str) -> str:
     """XML 1.0 cannot hold control characters or lone surrogates, not even escaped."""
     return "".join(c if c.isprintable() else "\ufffd" for c in words)

@@ -4,6 +4,7 @@ What a step reads is either a constant of the configuration or in the state file
 goes on to the same bits on a CPU.
 """
 
+import copy
 import json
 import math
 from dataclasses import dataclass, field
@@ -13,33 +14,82 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from kadapt_cli import __version__, runs
 from kadapt_cli.adapters import Adapted, adapt
 from kadapt_cli.catalog import is_named
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import ImageDataset, ImageSet, make_transform, open_images
-from kadapt_cli.errors import MachineError, ModelError
+from kadapt_cli.errors import MachineError, ModelError, UsageError
 from kadapt_cli.evaluate import choose_device, fill, load_backbone, logits, run_images, tensors_of
+from kadapt_cli.models import Backbone, Tail, before_block, first_trained_block
 from kadapt_cli.progress import Display
 from kadapt_kernels import why_no_triton
 
 Row = dict[str, Any]
+ACTIVATION_BYTES = 1 << 30  # most that is kept of what the frozen blocks before the adapter compute
+
+
+@dataclass
+class Material:
+    """Images and a backbone that nothing has changed, and what several runs on them share."""
+
+    images: ImageSet
+    backbone: Backbone
+    datasets: dict[str, ImageDataset] = field(default_factory=dict)
+    found: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def plain(self, split: str) -> ImageDataset:
+        """A split without augmentation."""
+        if split not in self.datasets:
+            transform = make_transform(self.backbone.data_config, augment="none", squash=self.images.squash)
+            self.datasets[split] = ImageDataset(self.images, split, transform)
+        return self.datasets[split]
+
+    def features(self, split: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The backbone's features (n, D) of a split, and its labels; computed once."""
+        if split not in self.found:
+            self.found[split] = logits(self.backbone.module.to(device), self.plain(split), device, dtype)
+        return self.found[split]
+
+
+class Activations(Dataset[tuple[Tensor, Tensor]]):
+    """What the frozen blocks before the adapter compute of a split, (tokens, d) an image, and its labels."""
+
+    def __init__(self, x: Tensor, labels: Tensor) -> None:
+        self.x = x
+        self.labels = labels
+
+    def set_epoch(self, epoch: int) -> None:
+        """Every epoch is the same."""
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.labels[index]
 
 
 @dataclass
 class Session:
-    """A training run in memory. `step` counts finished optimizer steps, `epoch` finished epochs."""
+    """A training run in memory. `step` counts finished optimizer steps, `epoch` finished epochs.
+
+    `module` maps images to logits. `net` is what training feeds with `train` and `val`: the module, its part behind the
+    frozen blocks whose results are kept, or either in DistributedDataParallel. Without `out` nothing is written.
+    """
 
     config: TrainConfig
-    out: Path
-    images: ImageSet
+    out: Path | None
+    material: Material
     adapted: Adapted
     device: torch.device
     dtype: torch.dtype
-    train: ImageDataset
-    val: ImageDataset | None
+    train: ImageDataset | Activations
+    val: ImageDataset | Activations | None
     module: nn.Module
+    net: nn.Module
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -53,6 +103,18 @@ class Session:
     kept_epoch: int = 0  # whose adapter is in the run folder
     stop: str = ""
     epoch_time_s: float = 0.0
+    rank: int = 0  # of this process among `world` that train together
+    world: int = 1
+
+    @property
+    def images(self) -> ImageSet:
+        """The images of the run."""
+        return self.material.images
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes to the run folder."""
+        return self.out is not None and self.rank == 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -65,45 +127,54 @@ class Session:
         return self.epoch >= self.config.epochs or stale
 
 
-def prepare(config: TrainConfig, out: Path, display: Display, *, resume: bool = False) -> Session:
-    """Scan the data (to resume: the run's own images), build and adapt the model, move it to the device."""
+def prepare(
+    config: TrainConfig,
+    out: Path | None,
+    display: Display,
+    *,
+    resume: bool = False,
+    start: bool = True,
+    material: Material | None = None,
+) -> Session:
+    """Scan the data, build and adapt the model, move it to the device.
+
+    Args:
+        config: What to train.
+        out: The run folder; None to keep all in memory.
+        display: For notes.
+        resume: Take the run's own images, and leave its state to `restore`.
+        start: Start the head from the training images.
+        material: Images and backbone that are there already; the backbone is copied. Both are opened when None.
+    """
     device = choose_device(config.device)
     dtype = _precision(config.precision, device)
     missing = why_no_triton(torch.empty(0, dtype=dtype, device=device)) if config.backend == "triton" else ""
     if missing:
         raise MachineError(f"--backend triton cannot run: {missing}; use --backend auto")
     torch.manual_seed(config.seed)  # for models that draw numbers themselves, such as dropout
-    display.say(f"reading {config.data}")
-    if resume:
-        images = run_images(out, config.data, runs.load_tensors(out / runs.STATE, "state")[1]["classes"])
-    else:
-        images = open_images(
-            config.data, shots=config.shots, seed=config.seed, val=config.val, skip_bad=config.skip_bad
-        )
-    for note in images.notes:
-        display.say(f"note: {note}")
-    if not config.pretrained and config.weights is None:
-        display.say("WARNING: the backbone has RANDOM weights (--no-pretrained); its accuracy means nothing")
-    backbone = load_backbone(config)
-    adapted = adapt(backbone, config, len(images.classes))
+    own = material or _open_material(config, out, display, resume)
+    features = own.features("train", device, dtype) if start and not resume else None
+    backbone = own.backbone if material is None else copy.deepcopy(own.backbone)
+    adapted = adapt(backbone, config, len(own.images.classes))
     config = with_absolute_paths(adapted.config)
+    if features is not None:
+        adapted.head.start(*features, init=config.head_init, text=_text(config, own))
     module = adapted.module().to(device)
     if dtype != torch.float32:
         _cast_frozen(module, dtype)
     parameters = adapted.parameters()
-    data_config = backbone.data_config
-    evaluation = make_transform(data_config, augment="none")
-    augmented = make_transform(data_config, augment=config.augment)
-    return Session(
+    augmented = make_transform(backbone.data_config, augment=config.augment, squash=own.images.squash)
+    session = Session(
         config=config,
         out=out,
-        images=images,
+        material=own,
         adapted=adapted,
         device=device,
         dtype=dtype,
-        train=ImageDataset(images, "train", augmented, seed=config.seed),
-        val=ImageDataset(images, "val", evaluation, seed=config.seed) if images.splits["val"] else None,
+        train=ImageDataset(own.images, "train", augmented, seed=config.seed),
+        val=own.plain("val") if own.images.splits["val"] else None,
         module=module,
+        net=module,
         parameters=parameters,
         optimizer=_optimizer(parameters, config),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
@@ -111,6 +182,92 @@ def prepare(config: TrainConfig, out: Path, display: Display, *, resume: bool = 
         sums=torch.zeros(3, dtype=torch.float64, device=device),
         micro=config.micro_batch or config.batch_size,
     )
+    keep_frozen(session)
+    return session
+
+
+def _open_material(config: TrainConfig, out: Path | None, display: Display, resume: bool) -> Material:
+    display.say(f"reading {config.data}")
+    if resume:
+        assert out is not None
+        images = run_images(out, config.data, runs.load_tensors(out / runs.STATE, "state")[1]["classes"])
+    else:
+        images = open_images(
+            config.data, shots=config.shots, seed=config.seed, val=config.val, skip_bad=config.skip_bad
+        )
+    choose_metric(images, config.metric)
+    for note in images.notes:
+        display.say(f"note: {note}")
+    if not config.pretrained and config.weights is None:
+        display.say("WARNING: the backbone has RANDOM weights (--no-pretrained); its accuracy means nothing")
+    return Material(images, load_backbone(config))
+
+
+def choose_metric(images: ImageSet, name: str | None) -> None:
+    """Score the images by another metric than their own; `UsageError` for one that they cannot have."""
+    if name is None:
+        return
+    if (name == "11point_mAP") != images.multi_label or (name == "roc_auc" and len(images.classes) != 2):
+        fitting = "11point_mAP" if images.multi_label else "accuracy or mean-per-class"
+        raise UsageError(
+            f"--metric: {images.name}, of {len(images.classes)} classes, cannot have {name}; use {fitting}"
+        )
+    images.metric = name
+
+
+def _text(config: TrainConfig, material: Material) -> Tensor | None:
+    """CLIP's text embeddings of the classes times its logit scale, (C, D), where the head starts from them."""
+    if config.head_init != "text":
+        return None
+    from kadapt_cli.text import text_weights
+
+    backbone = material.backbone
+    if not backbone.projection:
+        raise ModelError(f"--head-init text: {backbone.name} is no CLIP image tower; use --head-init means")
+    weight, scale = text_weights(
+        backbone.architecture, backbone.tag, material.images.classes, material.images.templates
+    )
+    return weight * scale
+
+
+def keep_frozen(session: Session) -> None:
+    """Compute once what the frozen blocks before the first adapted one make of the images, where that is the same
+    in every epoch: no augmentation, at least one block, and results that fit in 1 GiB."""
+    whole = session.adapted.backbone.module
+    first = first_trained_block(whole)
+    if session.config.augment != "none" or first == 0 or session.config.method == "linear":
+        return
+    splits = {split: session.material.plain(split) for split in ("train", "val") if session.images.splits[split]}
+    probe = torch.stack([splits["train"][0][0]]).to(session.device)
+    with torch.no_grad(), torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
+        x, extra = before_block(whole, first, probe)
+        tail = Tail(whole, first, extra)
+        same = torch.allclose(tail(x), whole(probe), rtol=1e-4, atol=1e-5)
+    if not same or x.nbytes * sum(map(len, splits.values())) > ACTIVATION_BYTES:
+        return
+    front = _Front(whole, first)
+    kept = {split: Activations(*logits(front, data, session.device, session.dtype)) for split, data in splits.items()}
+    session.train, session.val = kept["train"], kept.get("val")
+    session.net = nn.Sequential(tail, session.adapted.head)
+
+
+class _Front(nn.Module):
+    """Images to the activations before block `first`."""
+
+    def __init__(self, module: nn.Module, first: int) -> None:
+        super().__init__()
+        self.module = module
+        self.first = first
+
+    def forward(self, images: Tensor) -> Tensor:
+        return before_block(self.module, self.first, images)[0]
+
+
+def loss_sum(values: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy summed over images; for multi-hot labels binary cross-entropy, summed over classes too."""
+    if labels.is_floating_point():
+        return F.binary_cross_entropy_with_logits(values.float(), labels, reduction="sum")
+    return F.cross_entropy(values.float(), labels, reduction="sum")
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -125,17 +282,10 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update=changes)
 
 
-def start_head(session: Session) -> None:
-    """Start the head from the backbone's features of the training images."""
-    transform = make_transform(session.adapted.backbone.data_config, augment="none")
-    plain = ImageDataset(session.images, "train", transform, seed=session.config.seed)
-    features, labels = logits(session.adapted.backbone.module, plain, session.device, session.dtype)
-    session.adapted.head.start(features, labels)
-
-
 def learning_rate(step: int, session: Session) -> float:
     """The rate of optimizer step `step` (from 0): a linear rise over the warm-up, then half a cosine to near 0."""
     config = session.config
+    assert config.lr is not None
     total = config.epochs * session.steps_per_epoch
     warmup = math.ceil(config.warmup * total)
     if step < warmup:
@@ -169,6 +319,8 @@ def estimate_memory(session: Session) -> int:
 
 
 def save_adapter(session: Session) -> None:
+    """Commit the adapter as it is now to the run folder."""
+    assert session.out is not None
     info = runs.save_tensors(
         session.out / runs.ADAPTER,
         "adapter",
@@ -180,6 +332,7 @@ def save_adapter(session: Session) -> None:
 
 def save_state(session: Session) -> None:
     """Commit all that the next step reads."""
+    assert session.out is not None
     tensors = {f"model.{name}": tensor for name, tensor in tensors_of(session.adapted).items()}
     for name, parameter in session.parameters.items():
         tensors[f"live.{name}"] = session.live[name]
@@ -203,6 +356,7 @@ def save_state(session: Session) -> None:
 
 def restore(session: Session) -> None:
     """Take a session back to its last committed state."""
+    assert session.out is not None
     path = session.out / runs.STATE
     tensors, info = runs.load_tensors(path, "state")
     if info["base_digest"] != session.adapted.backbone.digest:
@@ -247,6 +401,7 @@ def _describe(session: Session) -> Row:
             for name, t in tensors_of(session.adapted).items()
         },
         "classes": list(session.images.classes),
+        "metric": session.images.metric,
         "data_config": {k: list(v) if isinstance(v, tuple) else v for k, v in backbone.data_config.items()},
         "config": {k: list(v) if isinstance(v, tuple) else v for k, v in session.config.model_dump().items()},
     }
@@ -266,8 +421,11 @@ def _cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over named tensors; biases are not decayed."""
-    decayed = [p for name, p in parameters.items() if "bias" not in name]
-    free = [p for name, p in parameters.items() if "bias" in name]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr)
+    """AdamW; matrices are decayed towards zero, biases, scales and norms are not."""
+    decayed = [p for p in parameters.values() if p.dim() >= 2]
+    free = [p for p in parameters.values() if p.dim() < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr or 0.0)

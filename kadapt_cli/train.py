@@ -3,6 +3,9 @@
 The loop is deterministic on a CPU: the order of images, their augmentation and the learning rate depend on the seed,
 the epoch and the step alone, and everything else that a step reads is in the state file. A run that is killed at any
 moment and resumed ends with the same adapter as one that was not.
+
+Under torchrun every process takes its part of each batch and DistributedDataParallel sums the gradients, so that the
+result is that of one process up to the order of sums; the first process alone writes.
 """
 
 import csv
@@ -15,18 +18,21 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from kadapt_cli import metrics, report, runs
+from kadapt_cli.adapters import linear
 from kadapt_cli.config import TrainConfig, read_toml, resolve, to_toml
-from kadapt_cli.data import ImageDataset, epoch_order, make_transform, manifest_csv
+from kadapt_cli.data import epoch_order, manifest_csv
 from kadapt_cli.errors import (
     INTERRUPTED,
     TERMINATED,
@@ -36,23 +42,24 @@ from kadapt_cli.errors import (
     ModelError,
     UsageError,
 )
-from kadapt_cli.evaluate import fill, logits, probabilities
+from kadapt_cli.evaluate import choose_device, fill, logits, probabilities
 from kadapt_cli.progress import Display
 from kadapt_cli.session import (
     Row,
     Session,
     estimate_memory,
     learning_rate,
+    loss_sum,
     prepare,
     restore,
     save_adapter,
     save_state,
-    start_head,
     with_absolute_paths,
 )
 
 SCHEMA_VERSION = 1
 WORKERS = 4
+STATUS = Path("/proc/self/status")
 LIVE_EPOCHS = 2  # in which gradients are looked at; the first may have a single step, too few for A and v to get one
 CHECK_EVERY = 16  # steps between looks at the loss on a GPU, where each look waits for it
 
@@ -60,40 +67,90 @@ CHECK_EVERY = 16  # steps between looks at the loss on a GPU, where each look wa
 def train(config: TrainConfig, out: Path, *, resume: bool, display: Display) -> Row:
     """Train as configured into the run folder `out` and return the result, as result.json holds it.
 
+    Under torchrun, the processes but the first return the result without its measurements.
+
     Raises:
         KadaptError: Anything the user can mend; the folder then holds the last good state.
     """
-    runs.claim(out, resume=resume)
-    if resume:
-        config = _resumed_config(config, out)
-    session = prepare(config, out, display, resume=resume)
-    with runs.writing(out):
+    with _processes(config) as (rank, world):
+        if rank == 0:
+            runs.claim(out, resume=resume)
+        if world > 1:
+            dist.barrier()
         if resume:
-            restore(session)
-            display.say(f"resumed {out} after {session.epoch} epochs, {session.step} steps")
-        else:
-            runs.commit(out / runs.CONFIG, to_toml(session.config))
-            runs.commit(out / runs.MANIFEST, manifest_csv(session.images))
-            start_head(session)
-            save_state(session)
-        fit(session, display)
-        return _finish(session, display)
+            config = _resumed_config(config, out)
+        session = prepare(config, out, display, resume=resume)
+        session.rank, session.world = rank, world
+        with runs.writing(out) if rank == 0 else nullcontext():
+            if resume:
+                restore(session)
+                display.say(f"resumed {out} after {session.epoch} epochs, {session.step} steps")
+            elif session.writes:
+                runs.commit(out / runs.CONFIG, to_toml(session.config))
+                runs.commit(out / runs.MANIFEST, manifest_csv(session.images))
+                save_state(session)
+            if world > 1:
+                session.net = DistributedDataParallel(session.net)
+            fit(session, display)
+            return _finish(session, display) if rank == 0 else _summary(session)
+
+
+@contextmanager
+def _processes(config: TrainConfig) -> Iterator[tuple[int, int]]:
+    """This process's rank and how many train together: torchrun's, or 0 and 1."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield 0, 1
+        return
+    on_gpu = choose_device(config.device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield dist.get_rank(), world
+    finally:
+        dist.destroy_process_group()
 
 
 def dry_run(config: TrainConfig, out: Path, display: Display) -> Row:
     """What `train` would do: classes, counts, parameters, memory; writes nothing."""
     runs.claim(out, resume=False)
-    session = prepare(config, out, display)
+    session = prepare(config, out, display, start=False)
     return _summary(session) | {"memory_estimate_bytes": estimate_memory(session)}
 
 
 def fit(session: Session, display: Display) -> None:
     """Train until all epochs are done, validation stops improving, or the user interrupts."""
+    if session.config.method == "linear":
+        _solve_head(session, display)
+        return
     with _signals(session, display), display.training(session.config.epochs, len(session.train)):
         while not session.finished:
             _run_epoch(session, display)
             _end_epoch(session, display)
             _leave_if_asked(session)
+
+
+def _solve_head(session: Session, display: Display) -> None:
+    """The linear probe: no steps, one row of history."""
+    started = time.perf_counter()
+    head = session.adapted.head
+    features, labels = session.material.features("train", session.device, session.dtype)
+    standard = (features - head.mean.cpu()) / head.std.cpu()
+    decay = session.config.weight_decay
+    assert decay is not None
+    weight, bias = linear.solve(standard, labels, len(session.images.classes), decay)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+        values = standard @ weight.float().T + bias.float()
+    for mask in session.live.values():
+        mask.fill_(True)
+    right = (values.argmax(1) == labels).sum() if labels.dim() == 1 else torch.tensor(0.0)
+    session.sums += torch.stack([loss_sum(values, labels), right, torch.tensor(len(labels))]).to(session.sums)
+    session.epoch_time_s = time.perf_counter() - started
+    session.step += 1
+    _end_epoch(session, display)
 
 
 def _run_epoch(session: Session, display: Display) -> None:
@@ -102,42 +159,60 @@ def _run_epoch(session: Session, display: Display) -> None:
     order = epoch_order(len(session.train), config.seed, session.epoch)
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     done = session.step - session.epoch * session.steps_per_epoch
+    shares = [_share(session, batch) for batch in batches[done:]]
     started = saved = time.perf_counter()
-    for images, labels in _loader(session, batches[done:]):
-        _step(session, images.to(session.device), labels.to(session.device), display)
+    for (images, labels), batch in zip(_loader(session, shares), batches[done:], strict=True):
+        _step(session, images.to(session.device), labels.to(session.device), len(batch), display)
         now = time.perf_counter()
         session.epoch_time_s, started = session.epoch_time_s + now - started, now
         done += 1
-        display.step(session.epoch, min(done * config.batch_size, len(order)), len(labels))
+        display.step(session.epoch, min(done * config.batch_size, len(order)), len(batch))
         if session.device.type == "cpu" or session.step % CHECK_EVERY == 0:
             _check_finite(session)
-        if session.stop or now - saved >= config.save_every:
+        _agree_to_stop(session)
+        if session.writes and (session.stop or now - saved >= config.save_every):
             _check_finite(session)
             save_state(session)
             saved = now
         _leave_if_asked(session)
 
 
+def _share(session: Session, batch: list[int]) -> list[int]:
+    """This process's part of a batch; where there are fewer images than processes, one that will not count."""
+    return batch[session.rank :: session.world] or batch[:1]
+
+
+def _agree_to_stop(session: Session) -> None:
+    """Processes that train together stop after the same step."""
+    if session.world > 1:
+        asked = torch.tensor(float(bool(session.stop)), device=session.device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        session.stop = session.stop or ("SIGTERM" if asked else "")
+
+
 def _leave_if_asked(session: Session) -> None:
-    """Raise when a signal has come; the state is saved."""
+    """Raise when a signal has come; the state is saved, where there is a run folder."""
     if session.stop:
+        saved = f"saved after {session.step} steps; go on with: kadapt train --out {session.out} --resume"
         raise InterruptedRunError(
-            f"{session.stop}: saved after {session.step} steps; go on with: kadapt train --out {session.out} --resume",
+            f"{session.stop}: {saved if session.out else 'stopped'}",
             TERMINATED if session.stop == "SIGTERM" else INTERRUPTED,
         )
 
 
-def _step(session: Session, images: Tensor, labels: Tensor, display: Display) -> None:
-    """One optimizer step on a batch, in micro-batches that are halved whenever memory runs out."""
+def _step(session: Session, images: Tensor, labels: Tensor, batch: int, display: Display) -> None:
+    """One optimizer step on this process's share of a batch, in micro-batches that are halved when memory runs out."""
     for group in session.optimizer.param_groups:
         group["lr"] = learning_rate(session.step, session)
     while True:
         try:
-            loss, right = _gradients(session, images, labels)
+            sums = _gradients(session, images, labels, batch)
             break
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
+        if session.world > 1:
+            raise MachineError(f"out of memory with {session.micro} images at a time; give a smaller --micro-batch")
         if session.micro == 1:
             raise MachineError("out of memory with one image at a time; use a smaller --model or --img-size")
         session.micro = math.ceil(min(session.micro, len(labels)) / 2)
@@ -145,40 +220,62 @@ def _step(session: Session, images: Tensor, labels: Tensor, display: Display) ->
             torch.cuda.empty_cache()
         display.say(f"out of memory: now {session.micro} images at a time, still {session.config.batch_size} a step")
     session.scaler.unscale_(session.optimizer)
-    if session.epoch < LIVE_EPOCHS:
+    if _is_watched(session):
         for name, parameter in session.parameters.items():
             if parameter.grad is not None:
                 session.live[name] |= parameter.grad != 0
     session.scaler.step(session.optimizer)
     session.scaler.update()
     session.step += 1
-    session.sums += torch.stack([loss * len(labels), right, right.new_tensor(len(labels))]).to(session.sums)
+    session.sums += sums
 
 
-def _gradients(session: Session, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Accumulate the batch's mean gradient; returns its mean loss and the number classified right."""
+def _gradients(session: Session, images: Tensor, labels: Tensor, batch: int) -> Tensor:
+    """Accumulate the gradient of the mean loss over a batch of so many images in all processes.
+
+    Returns:
+        Of this process's images: the sum of losses, how many were classified right, how many there are; float64.
+    """
     session.optimizer.zero_grad(set_to_none=True)
-    total, right = torch.zeros((), device=session.device), torch.zeros((), device=session.device)
-    for x, y in zip(images.split(session.micro), labels.split(session.micro), strict=True):
-        with torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
-            values = session.module(x)
-        loss = F.cross_entropy(values.float(), y, reduction="sum") / len(labels)
-        session.scaler.scale(loss).backward()
-        total += loss.detach()
-        right += (values.argmax(1) == y).sum()
-    return total, right
+    counts = session.rank < batch  # else the images stand in for an empty share
+    sums = torch.zeros_like(session.sums)
+    parts = list(zip(images.split(session.micro), labels.split(session.micro), strict=True))
+    for index, (x, y) in enumerate(parts):
+        net = session.net
+        is_last = index == len(parts) - 1
+        with net.no_sync() if isinstance(net, DistributedDataParallel) and not is_last else nullcontext():
+            with torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
+                values = net(x)
+            loss = loss_sum(values, y) * counts
+            session.scaler.scale(loss * (session.world / batch)).backward()  # DistributedDataParallel takes the mean
+        right = (values.argmax(1) == y).sum() if y.dim() == 1 else loss.new_zeros(())
+        sums += torch.stack([loss.detach(), right * counts, right.new_tensor(len(y) * counts)]).to(sums)
+    return sums
+
+
+def _is_watched(session: Session) -> bool:
+    """Whether gradients are looked at: in the first epochs, and until every tensor can have had one."""
+    return session.epoch < LIVE_EPOCHS or session.step < _steps_to_life(session)
+
+
+def _steps_to_life(session: Session) -> int:
+    """Steps after which every trained tensor has a gradient: one more where the head starts at zero."""
+    return 3 if session.config.head_init == "zero" else 2
 
 
 def _end_epoch(session: Session, display: Display) -> None:
     """Validate, note the epoch, keep it unless an earlier one is clearly better, save."""
+    watched = _is_watched(session)
+    if session.world > 1:
+        dist.all_reduce(session.sums)
     _check_finite(session)
     loss, right, seen = session.sums.tolist()
     row: Row = {
         "epoch": session.epoch + 1,
         "step": session.step,
-        "lr": learning_rate(session.step - 1, session),
+        "lr": learning_rate(session.step - 1, session) if session.config.lr else None,
         "train_loss": loss / seen,
-        "train_accuracy": right / seen,
+        "train_accuracy": None if session.images.multi_label else right / seen,
         "val_loss": None,
         "val_accuracy": None,
         "kept": True,
@@ -186,23 +283,30 @@ def _end_epoch(session: Session, display: Display) -> None:
         "time_s": session.epoch_time_s,
     }
     if session.val is not None:
-        values, labels = logits(session.module, session.val, session.device, session.dtype)
-        row["val_loss"] = F.cross_entropy(values, labels).item()
-        row["val_accuracy"] = (values.argmax(1) == labels).double().mean().item()
+        values, labels = logits(_local(session.net), session.val, session.device, session.dtype)
+        row["val_loss"] = loss_sum(values, labels).item() / len(labels)
+        row["val_accuracy"] = metrics.score(session.images.metric, values.numpy(), labels.numpy())
         session.best = max(session.best, row["val_accuracy"])
         row["kept"] = metrics.within_one_error(row["val_accuracy"], session.best, len(labels))
     session.epoch += 1
     session.epoch_time_s = 0.0
     session.sums.zero_()
     session.history.append(row)
-    if session.step >= 2 and session.epoch <= LIVE_EPOCHS:
+    if watched and session.step >= _steps_to_life(session):
         check_live(session.live)
     if row["kept"]:
         session.kept_epoch = session.epoch
-        save_adapter(session)
-    save_state(session)
-    runs.commit(session.out / runs.METRICS, metrics_csv(session.history))
+    if session.out is not None and session.writes:
+        if row["kept"]:
+            save_adapter(session)
+        save_state(session)
+        runs.commit(session.out / runs.METRICS, metrics_csv(session.history))
     display.epoch(row, session.config.epochs)
+
+
+def _local(net: nn.Module) -> nn.Module:
+    """The module that this process runs, without its tie to the others."""
+    return net.module if isinstance(net, DistributedDataParallel) else net
 
 
 def metrics_csv(history: list[Row]) -> str:
@@ -224,9 +328,9 @@ def check_live(live: dict[str, Tensor]) -> None:
         )
 
 
-def _loader(session: Session, batches: list[list[int]]) -> DataLoader[tuple[Tensor, int]]:
+def _loader(session: Session, batches: list[list[int]]) -> DataLoader[Any]:
     on_gpu = session.device.type == "cuda"
-    dataset: Dataset[tuple[Tensor, int]] = session.train
+    dataset: Dataset[Any] = session.train
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -239,9 +343,10 @@ def _loader(session: Session, batches: list[list[int]]) -> DataLoader[tuple[Tens
 def _check_finite(session: Session) -> None:
     if not bool(session.sums[0].isfinite()):
         lr = learning_rate(max(session.step - 1, 0), session)
+        assert session.config.lr is not None
         raise DivergedError(
-            f"{session.out}: the loss is not finite at step {session.step} with learning rate {lr:.2g}; "
-            f"try --lr {session.config.lr / 4:.2g}. The last good state is kept"
+            f"{session.out or session.images.name}: the loss is not finite at step {session.step} with learning rate "
+            f"{lr:.2g}; try --lr {session.config.lr / 4:.2g}. The last good state is kept"
         )
 
 
@@ -300,46 +405,66 @@ def _summary(session: Session) -> Row:
 
 def _finish(session: Session, display: Display) -> Row:
     """Measure the kept epoch as a reader of the run would, and write the result."""
+    assert session.out is not None
     tensors, info = runs.load_tensors(session.out / runs.ADAPTER, "adapter")
     fill(session.adapted, tensors, session.out / runs.ADAPTER)
     measured: Row = {}
-    transform = make_transform(session.adapted.backbone.data_config, augment="none")
     for split in ("val", "test"):
         if session.images.splits[split]:
             display.say(f"measuring epoch {info['epoch']} on {len(session.images.splits[split])} {split} images")
-            dataset = ImageDataset(session.images, split, transform, seed=session.config.seed)
-            values, labels = logits(session.module, dataset, session.device, session.dtype)
-            found = metrics.evaluate(probabilities(values), labels.numpy(), session.images.classes)
-            measured[split] = {"accuracy": found.accuracy.value, "balanced_accuracy": found.balanced_accuracy.value}
-            confusion = report.confusion_csv(found.confusion, session.images.classes)
-    if measured:
-        runs.commit(session.out / runs.CONFUSION, confusion)
+            values, labels = logits(session.module, session.material.plain(split), session.device, session.dtype)
+            measured[split] = _measure(session, values, labels)
     runs.commit(session.out / runs.METRICS, metrics_csv(session.history))  # the last commit may have come too late
     title = f"{session.images.name}: {session.config.method} on {session.config.model}"
     runs.commit(session.out / runs.CURVES, report.curves_svg(session.history, title))
     result = _summary(session)
     result["parameters"]["live"] = int(sum(mask.sum() for mask in session.live.values()))
-    time_s = sum(row["time_s"] for row in session.history)
-    seen = len(session.train) * len(session.history)
-    result |= {
-        "metrics": {"val": None, "test": None} | measured,
-        "epochs": len(session.history),
-        "kept_epoch": info["epoch"],
-        "time_s": time_s,
-        "images_per_s": seen / time_s,
-        "peak_bytes": _peak_bytes(session.device),
-        "micro_batch": session.micro,
-    }
+    result |= {"metrics": {"val": None, "test": None} | measured} | costs(session)
+    result |= {"kept_epoch": info["epoch"], "micro_batch": session.micro}
     runs.commit(session.out / runs.RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
+
+
+def _measure(session: Session, values: Tensor, labels: Tensor) -> Row:
+    """What result.json says of a split; the confusion matrix goes to its file."""
+    images = session.images
+    row: Row = {"metric": images.metric, "score": metrics.score(images.metric, values.numpy(), labels.numpy())}
+    if images.multi_label:
+        return row | {"accuracy": None, "balanced_accuracy": None}
+    assert session.out is not None
+    found = metrics.evaluate(probabilities(values), labels.numpy(), images.classes)
+    runs.commit(session.out / runs.CONFUSION, report.confusion_csv(found.confusion, images.classes))
+    return row | {"accuracy": found.accuracy.value, "balanced_accuracy": found.balanced_accuracy.value}
+
+
+def costs(session: Session) -> Row:
+    """Epochs, seconds, speed and peak memory of a fitted session."""
+    time_s = sum(row["time_s"] for row in session.history)
+    return {
+        "epochs": len(session.history),
+        "time_s": time_s,
+        "images_per_s": len(session.train) * len(session.history) / time_s,
+        "peak_bytes": _peak_bytes(session.device),
+    }
 
 
 def _peak_bytes(device: torch.device) -> int:
     """Largest memory in use so far: allocated on the GPU, or resident of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if STATUS.exists():
+        return 1024 * next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     unit = 1 if sys.platform == "darwin" else 1024
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
+
+
+def forget_peak(config: TrainConfig) -> None:
+    """Count the largest memory in use from now on, where the system can."""
+    if choose_device(config.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif STATUS.exists():
+        with suppress(OSError):  # some containers do not let a process do this
+            STATUS.with_name("clear_refs").write_text("5")
 
 
 def _device_name(device: torch.device) -> str:

@@ -26,6 +26,7 @@ from kadapt_cli.data import (
     epoch_order,
     make_transform,
     manifest_csv,
+    merged,
     open_images,
     open_split,
     parse_manifest,
@@ -1006,3 +1007,135 @@ def test_where_sets_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert catalog.data_root() == Path("/b/kadapt/data")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert catalog.data_root() == Path.home() / ".cache/kadapt/data"
+
+
+# --- multi-label sets, and what else a named set brings ---
+
+VOC = ("aeroplane", "bird", "cat", "dog")
+
+
+def voc(seed: int, split: str = "train") -> list[tuple[str, tuple[int, ...]]]:
+    """Rows of an invented multi-label set: about every second image shows dog, few show aeroplane, some show none."""
+    draws = np.random.default_rng(seed).random((80, 4)) < (0.1, 0.2, 0.3, 0.5)
+    return [(f"voc/{split}/{number}", tuple(np.flatnonzero(row).tolist())) for number, row in enumerate(draws)]
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> Callable[..., catalog.NamedSet]:
+    """named({"train": rows}, **fields) makes "torch/voc" a multi-label set of these rows, each picture another."""
+
+    def make(entries: dict[str, list[tuple[str, tuple[int, ...]]]], **fields: object) -> catalog.NamedSet:
+        table = [(Image.new("RGB", (4, 2), (number, 0, 0)), 0) for number in range(256)]
+        tables = {f"voc/{split}": table for split in data.SPLITS}
+        chosen = {"classes": VOC, "metric": "11point_mAP", "templates": ("a {}.",), "squash": True} | fields
+        made = catalog.NamedSet(name="voc", entries=entries, tables=tables, **chosen)  # type: ignore[arg-type]
+        monkeypatch.setattr(data, "open_named", lambda source, cache_bytes: made)
+        return made
+
+    return make
+
+
+def test_the_draw_of_a_multi_label_set_is_greedy_in_the_order_of_the_hash(named: Callable[..., object]) -> None:
+    for seed in range(20):
+        rows = voc(seed)
+        named({"train": rows})
+        images = open_images("torch/voc", shots=3, seed=seed, val="none")
+        expected, counts = set(), Counter[int]()
+        for path, labels in sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{row[0]}".encode()).digest()):
+            if any(counts[label] < 3 for label in labels):
+                expected.add(path)
+                counts.update(labels)
+        assert set(paths(images, "train")) == expected
+        assert min(counts.values()) >= 3
+        assert set(paths(images, "test")) == {path for path, _ in rows} - expected
+        span = f"which have {min(counts.values())} to {max(counts.values())} each"
+        assert f"roughly 3 shots: an image counts for all its classes, {span}" in images.notes
+        named({"train": rows[::-1]})
+        assert open_images("torch/voc", shots=3, seed=seed, val="none").splits == images.splits
+
+
+def test_test_and_validation_of_a_multi_label_set_leave_every_class_to_train_on(named: Callable[..., object]) -> None:
+    """A fifth of each class or a little more, but not all of one whose images also show others that are wanted."""
+    rows = [(f"voc/train/{n}", labels) for n, labels in enumerate([(0, 1), (0, 2), (0, 3), *[(1,), (2,), (3,)] * 2])]
+    sizes = []
+    for seed in range(40):
+        for entries, shots in (({"train": rows}, None), ({"train": rows, "test": voc(0, "test")}, 3)):
+            named(entries)
+            images = open_images("torch/voc", shots=shots, seed=seed)
+            assert {label for sample in images.splits["train"] for label in sample.labels} == {0, 1, 2, 3}
+        named({"train": voc(seed), "test": voc(0, "test")})
+        images = open_images("torch/voc", seed=seed)
+        sizes.append(len(images.splits["val"]))
+        assert all(sample.labels for sample in images.splits["val"])
+    assert 0.15 * 80 < np.mean(sizes) < 0.3 * 80
+
+
+def test_multi_label_samples_are_vectors_of_zeros_and_ones(named: Callable[..., object]) -> None:
+    rows = [("voc/train/0", (3, 1)), ("voc/train/1", ()), ("voc/train/2", (2,)), ("voc/train/3", (0, 1, 2, 3))]
+    named({"train": rows, "test": [("voc/test/9", (3,)), ("voc/test/8", (0, 2))]})
+    images = open_images("torch/voc", val="none")
+    assert "no test images of class bird" in images.notes
+    assert [sample.labels for sample in images.splits["train"]] == [(1, 3), (), (2,), (0, 1, 2, 3)]
+    assert images.splits["train"][1].label == -1
+    dataset = ImageDataset(images, "train", make_transform(CONFIG, augment="none"))
+    for _ in range(2):
+        _, labels = next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))
+        assert labels.dtype == torch.float32
+        assert labels.tolist() == [[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]]
+
+
+def test_the_manifest_of_a_multi_label_set(named: Callable[..., object], photos: Path) -> None:
+    named({"train": voc(0), "test": voc(1, "test")})
+    images = open_images("torch/voc", shots=3)
+    text = manifest_csv(images)
+    assert {"", "dog", "cat|dog"} <= {line.split(",")[1] for line in text.splitlines()}
+    assert parse_manifest(text, images.classes) == images.splits
+    assert restore("torch/voc", parse_manifest(text, images.classes), images.classes).splits == images.splits
+    assert "('ant')" in refused(lambda: parse_manifest(text.replace("cat|dog", "cat|ant"), images.classes))
+    named({"train": voc(0)}, classes=("a|b", "c", "d", "e"))
+    assert "class names without '|' were expected of a multi-label set, a|b given" in refused(
+        lambda: open_images("torch/voc")
+    )
+    (photos / "rose").rename(photos / "daisy|tulip")
+    single = open_images(str(photos), shots=4)
+    assert parse_manifest(manifest_csv(single), single.classes) == single.splits
+    manifest = parse_manifest(manifest_csv(single).replace(",tulip,", ",tulip|daisy,"), single.classes)
+    message = refused(lambda: restore(str(photos), manifest, single.classes))
+    assert "was expected to have one class, 2 given; the run is damaged" in message
+
+
+def test_a_set_brings_its_metric_templates_and_squash(named: Callable[..., object], photos: Path) -> None:
+    named({"train": voc(0), "test": voc(1, "test")})
+    images = open_images("torch/voc")
+    for opened in (images, open_split("torch/voc", "test", VOC), restore("torch/voc", images.splits, VOC)):
+        assert (opened.metric, opened.templates, opened.squash) == ("11point_mAP", ("a {}.",), True)
+    folder = open_images(str(photos))
+    assert (folder.metric, folder.templates, folder.squash) == ("accuracy", ("a photo of a {}.",), False)
+
+
+def test_squash_shows_the_whole_picture() -> None:
+    picture = Image.new("RGB", (96, 32), "black")
+    picture.paste("white", (0, 0, 16, 32))
+    crop, squash = (make_transform(CONFIG, augment="none", squash=squash)(picture) for squash in (False, True))
+    assert crop.shape == squash.shape == (3, 32, 32)
+    assert crop.max() < -0.9, "the white sixth at the left is cut off"
+    assert torch.allclose(squash[:, :, :4], torch.ones(()), atol=0.05)
+    assert torch.allclose(squash[:, :, 8:], -torch.ones(()), atol=0.05)
+
+
+def test_merged_moves_validation_into_train(photos: Path) -> None:
+    images = open_images(str(photos), shots=5)
+    both = merged(images)
+    assert both.splits["train"] == open_images(str(photos), shots=5, val="none").splits["train"]
+    assert (both.splits["val"], both.splits["test"]) == ([], images.splits["test"])
+    assert per_class(images, "val") == [1, 1, 1], "the set itself stays as it is"
+    assert both.cache is images.cache
+
+
+def test_an_unknown_name_is_met_with_the_closest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(catalog, "suggest", lambda source: ["mnist", "kmnist"] if source == "mnits" else [])
+    assert "mnits: not a folder; did you mean mnist or kmnist? Otherwise give a folder" in refused(
+        lambda: open_images("mnits")
+    )
+    assert "did you mean" not in refused(lambda: open_images("nowhere"))

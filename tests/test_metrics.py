@@ -7,9 +7,11 @@ import warnings
 
 import numpy as np
 import pytest
+import sklearn.metrics
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, top_k_accuracy_score
 
-from kadapt_cli.metrics import ECE_BINS, Interval, Metrics, evaluate, within_one_error
+from kadapt_cli.errors import DataError, DivergedError, UsageError
+from kadapt_cli.metrics import ECE_BINS, METRICS, Interval, Metrics, evaluate, score, within_one_error
 
 
 def names(n):
@@ -219,3 +221,101 @@ def test_wrong_input_is_named(probabilities, labels, resamples, message):
 )
 def test_within_one_error(accuracy, best, images, within):
     assert within_one_error(accuracy, best, images) is within
+
+
+# --- one score by the name of its metric ---
+
+
+def slow_eleven_points(scores, positive):
+    """Everingham et al. (2010), section 4.2, in whole numbers; images of equal score are retrieved together."""
+    found = []
+    for tenths in range(11):
+        precisions = [0.0]
+        for threshold in set(scores):
+            retrieved = [bool(hit) for value, hit in zip(scores, positive, strict=True) if value >= threshold]
+            if 10 * sum(retrieved) >= tenths * sum(positive):
+                precisions.append(sum(retrieved) / len(retrieved))
+        found.append(max(precisions))
+    return sum(found) / 11
+
+
+def test_score_equals_scikit_learn_with_ties_and_absent_classes():
+    aucs = 0
+    for seed in range(200):
+        p, labels = random_case(seed)
+        predicted = p.argmax(axis=1)
+        assert score("accuracy", p, labels) == pytest.approx(accuracy_score(labels, predicted), abs=1e-12)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            balanced = balanced_accuracy_score(labels, predicted)
+        assert score("mean-per-class", p.astype(np.float32), labels) == pytest.approx(balanced, abs=1e-12)
+        logits, binary = p[:, :2], labels % 2
+        if len(set(binary)) == 2:
+            expected = sklearn.metrics.roc_auc_score(binary, logits[:, 1] - logits[:, 0])
+            assert score("roc_auc", logits, binary) == pytest.approx(expected, abs=1e-12)
+            aucs += 1
+    assert aucs > 100
+
+
+def test_eleven_points_equals_its_definition_with_ties_and_classes_without_positives():
+    absent = 0
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        n, n_classes = int(rng.integers(1, 31)), int(rng.integers(2, 6))
+        labels = (rng.random((n, n_classes)) < 0.1).astype(np.float32)
+        labels[0, 0] = 1
+        values = rng.normal(size=(n, n_classes)).round(seed % 3).astype(np.float32)
+        has = labels.any(axis=0)
+        absent += not has.all()
+        aps = [slow_eleven_points(values[:, c].tolist(), labels[:, c].tolist()) for c in np.flatnonzero(has)]
+        found = score("11point_mAP", values, labels)
+        assert found == pytest.approx(sum(aps) / len(aps), abs=1e-12)
+        assert score("11point_mAP", values[::-1], labels[::-1]) == found
+    assert absent > 50
+
+
+def test_eleven_points_by_hand():
+    """Positives at ranks 1, 3 and 6: precision 1 up to a recall of 1/3, 2/3 up to 2/3, 1/2 up to 1."""
+    values, labels = -np.arange(200.0).reshape(100, 2), np.zeros((100, 2), int)
+    labels[[0, 2, 5], 0] = 1
+    expected = (4 * 1 + 3 * 2 / 3 + 4 * 1 / 2) / 11
+    assert score("11point_mAP", values, labels) == pytest.approx(expected, abs=1e-15)
+    another = sklearn.metrics.average_precision_score(labels[:, 0], values[:, 0])
+    assert another == pytest.approx((1 + 2 / 3 + 1 / 2) / 3)
+    assert score("11point_mAP", values[:2], labels[:2][::-1]) == 0.5, "no precision of 1 at a recall of 0"
+    labels[[0, 1, 2, *range(93, 100)], 0], labels[5, 0] = 1, 0
+    expected = (4 * 1 + 7 * 10 / 100) / 11
+    assert score("11point_mAP", values, labels) == pytest.approx(expected, abs=1e-15), "a recall of 3/10 is 0.3"
+
+
+def test_equal_scores():
+    """The first of equal classes wins, images are retrieved together, a pair is half right."""
+    assert score("accuracy", np.zeros((2, 2)), np.array([0, 1])) == 0.5
+    assert score("mean-per-class", np.zeros((4, 3)), np.array([0, 0, 0, 2])) == 0.5
+    assert score("11point_mAP", np.array([[1.0, 0], [1, 0], [0, 0]]), np.array([[1, 0], [0, 0], [0, 0]])) == 0.5
+    assert score("roc_auc", np.array([[0, 5.0], [9, 0], [9, 0]]), np.array([1, 0, 1])) == 0.75
+
+
+ONE, TWO = np.array([0, 1]), np.array([[1, 1], [0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "labels", "kind", "message"),
+    [
+        ("f1", GOOD, ONE, UsageError, f"^metric: one of {', '.join(METRICS)} was expected, 'f1' given$"),
+        ("11point_mAP", GOOD, ONE, DataError, r"several labels an image \(multi-label\) was expected, one label an"),
+        ("accuracy", GOOD, TWO, DataError, r"one label an image was expected, several labels.*choose 11point_mAP"),
+        ("11point_mAP", GOOD, TWO * 0, DataError, "one positive label or more was expected, 0 given"),
+        ("roc_auc", np.eye(3), np.arange(3), DataError, "two classes were expected, 3 given"),
+        ("roc_auc", GOOD, ONE * 0 + 1, DataError, "images of both classes were expected, of class 1 alone given"),
+        ("accuracy", GOOD[:0], ONE[:0], DataError, "one image or more was expected, 0 given"),
+        ("accuracy", GOOD - math.inf, ONE, DivergedError, "finite values were expected"),
+        ("accuracy", GOOD, ONE[:1], ValueError, r"shape \(2, 2\) do not fit labels of shape \(1,\)"),
+        ("accuracy", GOOD, ONE + 1, ValueError, "labels in 0..1, labels in 1..2"),
+        ("11point_mAP", GOOD, TWO / 2, ValueError, "labels in 0..1"),
+    ],
+)
+def test_a_score_that_cannot_be_had_is_named(name, values, labels, kind, message):
+    with pytest.raises(kind, match=message) as caught:
+        score(name, values, labels)
+    assert "\n" not in str(caught.value)

@@ -1,9 +1,21 @@
 """Adaptation methods, one file each, and the model that a method makes of a backbone.
 
-A method is a module with three functions: `resolve` (check its options and fill in what was not given), `inject` (put
-its trainable tensors into the model) and `deltas` (what merging adds to the weights). `METHODS` names them all.
+A method is a module with
+
+    SUMMARY     what it trains, in a line
+    FORMULA     its trained parameters without the head; d width, L blocks, r rank, w width of the option, T = S terms
+    LR          its learning rate when none is given
+    OPTIONS     which of the options in `SPECIFIC` it takes
+    UNMERGED    why it cannot be folded into plain weights; empty when it can
+    resolve     check its options and fill in what was not given
+    inject      put its trainable tensors into the model
+    merge       fold them into the backbone's state dict
+
+`METHODS` names them all. The segments given to a method are what --targets chose; methods that work on whole blocks
+take the blocks of these segments.
 """
 
+import difflib
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +24,42 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from kadapt_cli.adapters import kadaptation
+from kadapt_cli.adapters import (
+    adapter,
+    attention,
+    bitfit,
+    compacter,
+    full,
+    kadaptation,
+    kadaptation_full,
+    layernorm,
+    linear,
+    lokr,
+    lora,
+    ssf,
+    vpt,
+)
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import UsageError
 from kadapt_cli.models import Backbone, Segment, segments
 
-METHODS: dict[str, ModuleType] = {"kadaptation": kadaptation}
+METHODS: dict[str, ModuleType] = {
+    "kadaptation": kadaptation,
+    "kadaptation-full": kadaptation_full,
+    "linear": linear,
+    "full": full,
+    "lora": lora,
+    "lokr": lokr,
+    "adapter": adapter,
+    "compacter": compacter,
+    "bitfit": bitfit,
+    "layernorm": layernorm,
+    "attention": attention,
+    "vpt": vpt,
+    "ssf": ssf,
+}
+WEIGHT_DECAY = 1e-4
+SPECIFIC = ("terms", "rank", "width", "scale")  # options of TrainConfig that only some methods take
 
 
 class Head(nn.Module):
@@ -40,23 +82,41 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear((x.float() - self.mean) / self.std, self.weight, self.bias)
 
-    def start(self, features: Tensor, labels: Tensor) -> None:
-        """Take the constants from training features (n, D), and the weight from their class means.
+    def start(self, features: Tensor, labels: Tensor, init: str = "means", text: Tensor | None = None) -> None:
+        """Take the constants from training features (n, D), and weight and bias as `init` says.
 
-        The weight of a class is γ times its mean standardised feature m_c, the bias -γ|m_c|²/2: the nearest class mean
-        wins. With γ = 0.1/√D the logits stay small, so that training decides how far to trust them; a zero head
-        would pass no gradient to the adapter in the first step.
+        "means": the weight of a class is γ times its mean standardised feature m_c, the bias -γ|m_c|²/2: the nearest
+        class mean wins. With γ = 0.1/√D the logits stay small, so that training decides how far to trust them.
+        Multi-label data: the bias is the log odds of the class instead.
+        "zero": no logits at first; the adapter then gets no gradient in the first step.
+        "text": the logits are x · `text` over the features' mean length: a CLIP tower's zero-shot answer.
+
+        Args:
+            features: Of the training images, from the backbone before it was adapted.
+            labels: (n,) class indices, or (n, C) multi-hot.
+            init: "means", "zero" or "text".
+            text: (C, D), for "text": unit vectors times CLIP's logit scale.
         """
         scale = 0.1 * features.shape[1] ** -0.5
+        member = labels.bool() if labels.dim() == 2 else nn.functional.one_hot(labels, len(self.weight)).bool()
         with torch.no_grad():
             self.mean.copy_(features.mean(0))
             spread = features.std(0, correction=0)
             self.std.copy_(spread + 1e-3 * spread.mean() + 1e-6)
             standard = (features - self.mean.to(features)) / self.std.to(features)
-            for c in range(len(self.weight)):
-                mean = standard[labels == c].mean(0)
-                self.weight[c] = mean * scale
-                self.bias[c] = -0.5 * scale * mean.square().sum()
+            if init == "text":
+                assert text is not None
+                weight = text.to(self.weight) / features.norm(dim=1).mean().to(self.weight)
+                self.weight.copy_(weight * self.std)
+                self.bias.copy_(weight @ self.mean)
+            elif init == "means":
+                for c in member.any(0).nonzero()[:, 0].tolist():
+                    mean = standard[member[:, c]].mean(0)
+                    self.weight[c] = mean * scale
+                    self.bias[c] = -0.5 * scale * mean.square().sum()
+            if init != "text" and labels.dim() == 2:
+                odds = (member.sum(0) + 1) / (len(member) - member.sum(0) + 1)
+                self.bias.copy_(odds.log())
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """The same classifier on raw features: float64 weight (C, D) and bias (C,)."""
@@ -79,8 +139,9 @@ class Adapted:
         return nn.Sequential(self.backbone.module, self.head)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All trainable tensors by name, the head's under 'head.'."""
-        return self.adapter | {"head.weight": self.head.weight, "head.bias": self.head.bias}
+        """All trainable tensors by name: the head's under "head.", a CLIP projection's under "backbone.head."."""
+        own = {f"backbone.{name}" if name.startswith("head.") else name: p for name, p in self.adapter.items()}
+        return own | {"head.weight": self.head.weight, "head.bias": self.head.bias}
 
 
 def select(available: Sequence[Segment], patterns: Sequence[str]) -> list[Segment]:
@@ -107,16 +168,24 @@ def _full_name(segment: Segment) -> str:
 
 
 def method(name: str) -> ModuleType:
-    """The method's module; `UsageError` with the known names when there is none."""
+    """The method's module; `UsageError` with the closest names when there is none."""
     if name not in METHODS:
-        raise UsageError(f"--method: unknown method '{name}'; known: {', '.join(METHODS)}")
+        close = difflib.get_close_matches(name, METHODS, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(METHODS)}"
+        raise UsageError(f"--method: unknown method '{name}'; {hint}")
     return METHODS[name]
 
 
 def adapt(backbone: Backbone, config: TrainConfig, classes: int) -> Adapted:
     """Put the configured method's adapter and a zero head on a backbone, which is changed in place."""
     how = method(config.method)
+    for option in SPECIFIC:
+        if getattr(config, option) is not None and option not in how.OPTIONS:
+            takes = ", ".join(f"--{name}" for name in how.OPTIONS) or "none of these"
+            raise UsageError(f"--{option}: {config.method} has no such option; it takes {takes}")
     chosen = select(segments(backbone.module), config.targets)
     config = how.resolve(config, chosen)
+    decay = WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
+    config = config.model_copy(update={"lr": config.lr or how.LR, "weight_decay": decay})
     adapter: dict[str, nn.Parameter] = how.inject(backbone.module, chosen, config)
     return Adapted(config, backbone, chosen, adapter, Head(backbone.feature_dim, classes))

@@ -17,7 +17,7 @@ Source: He et al., "Parameter-efficient Model Adaptation for Vision Transformers
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,12 @@ from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import UsageError
 from kadapt_cli.models import Segment, replace_linear
 from kadapt_kernels import FUSED_RANK, KronFactors, divisors, kron_delta, kron_linear
+
+SUMMARY = "Kronecker updates A ⊗ (u vᵀ) on q and v, A shared by all blocks, and a bias a block"
+FORMULA = "2·2·T·S + L·(2·2·d·r + d)"
+LR = 4e-3
+OPTIONS = ("terms", "rank", "scale")
+UNMERGED = ""
 
 MAX_TERMS = 32
 SCALE = 14.0
@@ -82,28 +88,31 @@ def resolve(config: TrainConfig, segments: Sequence[Segment]) -> TrainConfig:
     if terms not in fitting:
         width = segments[0].stop - segments[0].start
         raise UsageError(f"--terms: T must divide the width {width}, but {terms} was given; choose from {fitting}")
+    rank = config.rank or 1
     if config.rule == "full" and config.backend in ("eager", "triton"):
         raise UsageError(f"--backend {config.backend} takes --rule factored; use --backend merge or auto")
-    if config.backend == "triton" and terms * config.rank > FUSED_RANK:
+    if config.backend == "triton" and terms * rank > FUSED_RANK:
         raise UsageError(
-            f"--backend triton takes T·r up to {FUSED_RANK}, but --terms {terms} and --rank {config.rank} make "
-            f"{terms * config.rank}; use --backend auto"
+            f"--backend triton takes T·r up to {FUSED_RANK}, but --terms {terms} and --rank {rank} make "
+            f"{terms * rank}; use --backend auto"
         )
-    return config.model_copy(update={"terms": terms, "scale": config.scale or SCALE / segments[0].in_features ** 0.5})
+    scale = config.scale or SCALE / segments[0].in_features ** 0.5
+    return config.model_copy(update={"terms": terms, "rank": rank, "scale": scale})
 
 
 def shapes(segments: Sequence[Segment], config: TrainConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every adapter tensor by its name, for a resolved configuration."""
-    t = config.terms
+    t, r = config.terms, config.rank
     assert t is not None
+    assert r is not None
     result: dict[str, tuple[int, ...]] = {}
     for segment in segments:
         rows = segment.stop - segment.start
         by_role = {
             "a": (t, t) if config.rule == "factored" else (t, t, t),
             "b": (t, t),
-            "u": (t, rows // t, config.rank),
-            "v": (t, segment.in_features // t, config.rank),
+            "u": (t, rows // t, r),
+            "v": (t, segment.in_features // t, r),
             "bias": (rows,),
         }
         result |= {name: by_role[role] for role, name in tensor_names(segment, config.rule).items()}
@@ -147,18 +156,20 @@ def inject(model: nn.Module, segments: Sequence[Segment], config: TrainConfig) -
     return parameters
 
 
-def deltas(
-    tensors: Mapping[str, Tensor], segments: Sequence[Segment], config: TrainConfig
-) -> Iterator[tuple[str, int, Tensor]]:
-    """What merging adds to the backbone's state dict: (key, first row, float64 update), weights then biases."""
+def merge(
+    state: dict[str, Tensor], tensors: Mapping[str, Tensor], segments: Sequence[Segment], config: TrainConfig
+) -> None:
+    """Add s·ΔW and the biases to the backbone's float64 state dict, in place."""
     assert config.scale is not None
     for segment in segments:
         names = tensor_names(segment, config.rule)
         wide = {name: tensors[name].double() for name in names.values()}
-        yield f"{segment.module}.weight", segment.start, kron_delta(_factors(wide, names), config.scale)
+        delta = kron_delta(_factors(wide, names), config.scale)
+        state[f"{segment.module}.weight"][segment.start : segment.stop] += delta
         if "bias" in names:
             assert segment.bias is not None
-            yield segment.bias, segment.bias_start, wide[names["bias"]]
+            bias = wide[names["bias"]]
+            state[segment.bias][segment.bias_start : segment.bias_start + len(bias)] += bias
 
 
 def _factors(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> KronFactors:

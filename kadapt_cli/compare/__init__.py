@@ -1,0 +1,158 @@
+"""`kadapt compare`: every method on every data set at equal footing.
+
+A cell is a data set, a method and a seed. In each, a search over learning rate and weight decay trains on the training
+images and measures on the validation images; the best setting is then trained on both, and the test images are looked
+at once. What is finished is in a study, so that a comparison can be stopped, continued, extended by data sets, methods
+and seeds, and shared between processes.
+"""
+
+import json
+import multiprocessing
+import signal
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+from rich.console import Console, RenderableType
+
+from kadapt_cli import __version__, runs
+from kadapt_cli.adapters import method
+from kadapt_cli.compare import page, summary
+from kadapt_cli.compare.grid import Grid, label
+from kadapt_cli.compare.study import Record, Study, open_study
+from kadapt_cli.compare.worker import Worker
+from kadapt_cli.data import open_images
+from kadapt_cli.errors import INTERRUPTED, TERMINATED, InterruptedRunError, KadaptError, MachineError, UsageError
+from kadapt_cli.progress import Display, print_line
+from kadapt_cli.session import choose_metric
+
+__all__ = ["CSV", "JSON", "PAGE", "Comparison", "Grid", "compare", "results", "write"]
+
+CSV, JSON, PAGE = "comparison.csv", "comparison.json", "comparison.html"
+
+
+class Comparison(NamedTuple):
+    """A result: the JSON document, and the same as tables."""
+
+    document: Record
+    shown: RenderableType
+
+
+def compare(grid: Grid, out: Path, display: Display, *, storage: str | None, jobs: int, m0: float) -> Comparison:
+    """Fill the grid, write the result into `out` and return it.
+
+    Args:
+        grid: What to compare.
+        out: The folder of the result, and of the study where no storage is given.
+        display: For a line a trial.
+        storage: As `open_study` takes it.
+        jobs: Worker processes on this machine.
+        m0: M0 of the PE score.
+
+    Raises:
+        UsageError: An unknown method or data set, two data sets of one name, or a study of another grid.
+        DataError: A data set that cannot be used.
+        InterruptedRunError: Stopped; what is finished is kept.
+    """
+    _check(grid)
+    study = open_study(out, storage, grid.settings())
+    display.say(f"{len(grid.data)} data sets × {len(grid.methods)} methods × {len(grid.seeds)} seeds; {grid.budget()}")
+    began, before = time.perf_counter(), len(study.records())
+    try:
+        if jobs == 1:
+            Worker(grid, study, display).work()
+        else:
+            _work_in_processes(grid, out, storage, jobs)
+    except InterruptedRunError as error:
+        done = len(results(grid, study)[0])
+        raise InterruptedRunError(
+            f"stopped: {done} of {len(grid.cells())} cells are done and kept; the same command goes on", error.exit_code
+        ) from None
+    fresh = study.records()[before:]
+    if fresh and storage is None:
+        share = 1 - sum(r["busy_s"] for r in fresh) / (jobs * (time.perf_counter() - began))
+        display.say(f"{share:.1%} of the time went into other things than training and measuring")
+    return write(grid, study, out, m0)
+
+
+def write(grid: Grid, study: Study, out: Path, m0: float) -> Comparison:
+    """Write comparison.csv, .json and .html from what a study holds of the grid."""
+    rows, failures = results(grid, study)
+    document = summary.document(rows, failures, m0)
+    setting = {"kadapt": __version__, "torch": torch.__version__, "seeds": ", ".join(map(str, grid.seeds))}
+    setting |= {key: str(value) for key, value in grid.settings().items() if value is not None}
+    out.mkdir(parents=True, exist_ok=True)
+    runs.commit(out / CSV, summary.comparison_csv(rows, failures))
+    runs.commit(out / JSON, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    runs.commit(out / PAGE, page.page(rows, failures, m0=m0, title="Comparison of adaptation methods", setting=setting))
+    return Comparison(document, summary.show(rows, failures, m0))
+
+
+def results(grid: Grid, study: Study) -> tuple[list[Record], list[Record]]:
+    """The rows of the grid's finished cells, and its failures, in the grid's order."""
+    order = {(label(cell.data), cell.method, cell.seed): place for place, cell in enumerate(grid.cells())}
+    keyed = [(order.get((r["data"], r["method"], r["seed"]), -1), r) for r in study.records()]
+    mine = [record for place, record in sorted(keyed, key=lambda pair: pair[0]) if place >= 0]
+    return [r for r in mine if r["kind"] == "final"], [r for r in mine if r["kind"] == "failure"]
+
+
+def _check(grid: Grid) -> None:
+    """Whatever can be known to be wrong before the first run is said now."""
+    for name in grid.methods:
+        method(name)
+    names = [label(data) for data in grid.data]
+    for what, values in (("--data", names), ("--method", grid.methods), ("--seeds", grid.seeds)):
+        if len(set(values)) < len(values):
+            raise UsageError(f"{what}: one of {', '.join(map(str, values))} is there twice; give each name once")
+    for data in grid.data:
+        images = open_images(data, shots=grid.base.shots, seed=grid.seeds[0], skip_bad=grid.base.skip_bad)
+        choose_metric(images, grid.base.metric)
+        if not images.splits["test"]:
+            raise UsageError(f"--data: {data} leaves no test images; draw fewer with --shots")
+
+
+def _work_in_processes(grid: Grid, out: Path, storage: str | None, jobs: int) -> None:
+    """Start workers and wait for them; they share the study and the machine's cores."""
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // jobs)
+    workers: list[BaseProcess] = [
+        context.Process(target=_worker, args=(grid, out, storage, threads), daemon=True) for _ in range(jobs)
+    ]
+    asked: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    if asked:
+        raise InterruptedRunError("", INTERRUPTED if asked[0] == signal.SIGINT else TERMINATED)
+    codes = {worker.exitcode for worker in workers} - {0}
+    if codes:
+        raise MachineError(f"a worker ended with exit code {codes.pop()} (see above); the same command goes on")
+
+
+def _worker(grid: Grid, out: Path, storage: str | None, threads: int) -> None:
+    """One worker process; Ctrl-C reaches it through its parent."""
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        Worker(grid, open_study(out, storage, grid.settings()), Display(Console(stderr=True))).work()
+    except KadaptError as error:
+        if not isinstance(error, InterruptedRunError):
+            print_line(Console(stderr=True), f"kadapt: {error}")
+        sys.exit(error.exit_code)

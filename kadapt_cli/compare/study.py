@@ -1,0 +1,220 @@
+"""Where a comparison keeps what is finished: a file in its folder, or an Optuna storage that machines share.
+
+A study is a list of records, each a dict that is complete in itself, and claims: a worker claims a cell before it works
+on it, so that no two do the same. The claim of a process that was killed ends by itself.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from kadapt_cli.errors import MachineError, UsageError
+
+Record = dict[str, Any]
+RECORDS = "study.jsonl"
+CLAIMS = ".claims"
+BEAT_S = 30.0
+STALE_S = 300.0
+SETTLE_S = 5.0
+
+
+class Study(Protocol):
+    """Records and claims of one comparison."""
+
+    def records(self) -> list[Record]:
+        """All that is finished, in the order it was added."""
+
+    def add(self, record: Record) -> None:
+        """Keep a record; it survives the process."""
+
+    def claim(self, key: str) -> Any:
+        """A context manager that says whether this process may work on the key; others may not while it is open."""
+
+
+def open_study(out: Path, storage: str | None, grid: Record) -> Study:
+    """The study in a folder, or in a storage; made when it is not there.
+
+    Args:
+        out: The comparison's folder.
+        storage: None for a file in the folder; the path of an Optuna journal file (`journal:PATH`), or a database URL.
+        grid: What decides the results of a cell. A study of another grid is refused.
+
+    Raises:
+        UsageError: The study was made with other settings (which), or the extra is missing.
+        MachineError: The folder or the storage cannot be reached.
+    """
+    return FileStudy(out, grid) if storage is None else OptunaStudy(storage, grid)
+
+
+def check_grid(where: str, stored: Record, grid: Record) -> None:
+    """Raise unless two grids are the same; says what differs."""
+    differing = [key for key in stored.keys() | grid.keys() if stored.get(key) != grid.get(key)]
+    if differing:
+        texts = [f"{key} {stored.get(key)!r}, not {grid.get(key)!r}" for key in sorted(differing)]
+        raise UsageError(f"{where}: holds a study made with {'; '.join(texts)}; use these settings or another --out")
+
+
+class FileStudy:
+    """A JSON line a record, and a lock file a claim; several processes of one machine may share it."""
+
+    def __init__(self, out: Path, grid: Record) -> None:
+        self.path = out / RECORDS
+        self.lock = FileLock(out / CLAIMS / "append.lock")
+        self.seen = 0
+        self.known: list[Record] = []
+        try:
+            (out / CLAIMS).mkdir(parents=True, exist_ok=True)
+            with self.lock:
+                if not self.path.exists():
+                    self._append({"kind": "grid"} | grid)
+        except OSError as error:
+            raise MachineError(f"--out: {out} cannot be written ({error.strerror}); give another folder") from None
+        with self.path.open(encoding="utf-8") as file:
+            stored = json.loads(file.readline())
+        check_grid(f"--out: {out}", {k: v for k, v in stored.items() if k != "kind"}, json.loads(json.dumps(grid)))
+
+    def records(self) -> list[Record]:
+        """All that is finished; a last line that a killed process left unfinished is passed over."""
+        with self.path.open("rb") as file:
+            file.seek(self.seen)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self.seen += len(line)
+                record = self._parse(line)
+                if record and record["kind"] != "grid":
+                    self.known.append(record)
+        return self.known
+
+    @staticmethod
+    def _parse(line: bytes) -> Record | None:
+        try:
+            record: Record = json.loads(line)
+        except ValueError:
+            return None
+        return record
+
+    def add(self, record: Record) -> None:
+        """Append a line and flush it to disk."""
+        with self.lock:
+            self._append(record)
+
+    def _append(self, record: Record) -> None:
+        with self.path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+            else:
+                torn = False
+            file.write((b"\n" if torn else b"") + json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """A lock on a file, which the system gives up when the process ends."""
+        lock = FileLock(self.path.parent / CLAIMS / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+
+class OptunaStudy:
+    """One Optuna study: a finished trial a record, a running trial a claim, which beats as long as its process lives.
+
+    Clocks of the machines may differ by a minute or two: a claim ends when it has not beaten for five.
+    """
+
+    def __init__(self, storage: str, grid: Record) -> None:
+        try:
+            import optuna
+        except ImportError:
+            raise UsageError("--storage needs Optuna; run: pip install 'kadapt[search]'") from None
+        self.optuna = optuna
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        path = storage.removeprefix("journal:") if "://" not in storage else None
+        try:
+            if path is not None:
+                from optuna.storages import JournalStorage
+                from optuna.storages.journal import JournalFileBackend
+
+                backend: Any = JournalStorage(JournalFileBackend(path))
+            else:
+                backend = optuna.storages.RDBStorage(storage)
+            self.study = optuna.create_study(
+                storage=backend, study_name="kadapt-compare", load_if_exists=True, direction="maximize"
+            )
+        except (OSError, ImportError, ValueError, optuna.exceptions.OptunaError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise MachineError(f"--storage: {storage} cannot be opened ({reason}); check the path or URL") from None
+        if "grid" not in self.study.user_attrs:
+            self.study.set_user_attr("grid", grid)
+        check_grid(f"--storage: {storage}", dict(self.study.user_attrs["grid"]), json.loads(json.dumps(grid)))
+
+    def records(self) -> list[Record]:
+        """The records of all finished trials."""
+        trials = self.study.get_trials(deepcopy=False)
+        return [json.loads(t.user_attrs["record"]) for t in trials if "record" in t.user_attrs]
+
+    def add(self, record: Record) -> None:
+        """Add a finished trial; its value is the record's score, where it has one."""
+        score = record.get("score", record.get("accuracy"))
+        state = self.optuna.trial.TrialState
+        self.study.add_trial(
+            self.optuna.trial.create_trial(
+                state=state.COMPLETE if score is not None else state.FAIL,
+                value=score,
+                user_attrs={"record": json.dumps(record, ensure_ascii=False)},
+            )
+        )
+
+    @contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """A running trial; of several for one key the first that still beats has the claim."""
+        trial = self.study.ask()
+        trial.set_user_attr("claim", key)
+        trial.set_user_attr("beat", time.time())
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(BEAT_S):
+                trial.set_user_attr("beat", time.time())
+
+        try:
+            if min(self._claims(key), default=trial.number) != trial.number:
+                yield False
+                return
+            threading.Thread(target=beat, daemon=True).start()
+            yield True
+        finally:
+            done.set()
+            self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
+
+    def _claims(self, key: str) -> list[int]:
+        """The numbers of the running trials that claim a key and still beat.
+
+        A trial is made before it says what it claims: those that have not said it are waited for, for a while.
+        """
+        state = self.optuna.trial.TrialState.RUNNING
+        until = time.time() + SETTLE_S
+        while True:
+            running = self.study.get_trials(deepcopy=False, states=(state,))
+            if time.time() > until or all("beat" in t.user_attrs for t in running):
+                break
+            time.sleep(0.05)
+        alive = [t for t in running if time.time() - t.user_attrs.get("beat", 0) < STALE_S]
+        return [t.number for t in alive if t.user_attrs["claim"] == key]

@@ -1,0 +1,204 @@
+"""One process that fills the cells of a comparison."""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from kadapt_cli import metrics
+from kadapt_cli.compare import search
+from kadapt_cli.compare.grid import Cell, Grid, label
+from kadapt_cli.compare.study import Record, Study
+from kadapt_cli.data import merged, open_images
+from kadapt_cli.errors import TERMINATED, InterruptedRunError, KadaptError, MachineError
+from kadapt_cli.evaluate import load_backbone, logits
+from kadapt_cli.models import Backbone
+from kadapt_cli.progress import Display, duration
+from kadapt_cli.session import Material, Session, choose_metric, prepare
+from kadapt_cli.train import costs, fit, forget_peak
+
+WAIT_S = 1.0
+
+
+class Worker:
+    """Fills cells until all are done, and keeps what cells on the same images share."""
+
+    def __init__(self, grid: Grid, study: Study, display: Display) -> None:
+        self.grid = grid
+        self.study = study
+        self.display = display
+        self.quiet = Display(Console(stderr=True), quiet=True)
+        self.backbone: Backbone | None = None
+        self.opened: tuple[str, int] | None = None
+        self.materials: tuple[Material, Material]
+        self.started = time.perf_counter()
+        self.filled = 0
+
+    def work(self) -> None:
+        """Fill all cells that nobody else claims; wait for those that somebody does."""
+        left = [cell for cell in self.grid.cells() if not self._is_done(cell)]
+        while left:
+            before = len(left)
+            for cell in list(left):
+                with self.study.claim(str(cell)) as mine:
+                    if mine and (self._is_done(cell) or self._fill(cell)):
+                        left.remove(cell)
+                        self._say_left(cell, len(left))
+            if len(left) == before:
+                time.sleep(WAIT_S)
+
+    def _is_done(self, cell: Cell) -> bool:
+        return any(r["trial"] is None for r in self._records(cell))
+
+    def _fill(self, cell: Cell) -> bool:
+        """Do what is left of a cell; False when it has to wait for the trials of other cells."""
+        while settings := self._next(cell):
+            self._trial(cell, settings)
+        if any(self._next(other) is not None for other in self.grid.searched(cell)):
+            return False
+        self._final(cell)
+        return True
+
+    def _records(self, cell: Cell) -> list[Record]:
+        key = (label(cell.data), cell.method, cell.seed)
+        return [r for r in self.study.records() if (r["data"], r["method"], r["seed"]) == key]
+
+    def _trials(self, cell: Cell) -> list[Record]:
+        """The cell's trials, in their order."""
+        trials = {r["trial"]: r for r in self._records(cell) if r["trial"] is not None}
+        return [trials[number] for number in sorted(trials)]
+
+    def _next(self, cell: Cell) -> search.Settings | None:
+        return search.following(self.grid.plan(cell), [_value(r) for r in self._trials(cell)])
+
+    def _trial(self, cell: Cell, settings: search.Settings) -> None:
+        """Train on the training images and measure on the validation images."""
+        number = len(self._trials(cell))
+
+        def run() -> Record:
+            session, busy_s = self._fitted(cell, settings, self.grid.search_epochs, self._material(cell)[0])
+            last = session.history[-1]
+            self.display.say(f"{cell}: trial {number + 1}, {_words(settings)}: validation {last['val_accuracy']:.1%}")
+            return {"score": last["val_accuracy"], "loss": last["val_loss"], "busy_s": busy_s}
+
+        self._record(cell, {"kind": "trial", "trial": number, "lr": settings[0], "weight_decay": settings[1]}, run)
+
+    def _final(self, cell: Cell) -> None:
+        """Train the best setting on training and validation images, and look at the test images."""
+        trials = [r for other in self.grid.searched(cell) for r in self._trials(other)]
+        best = _best(trials)
+
+        def run() -> Record:
+            if trials and best is None:
+                raise MachineError("every trial failed")
+            settings = (best["lr"], best["weight_decay"]) if best else None
+            material = self._material(cell)[1]
+            forget_peak(self.grid.base)
+            session, busy_s = self._fitted(cell, settings, self.grid.base.epochs, material)
+            began = time.perf_counter()
+            accuracy = self._test_score(session)
+            busy_s += time.perf_counter() - began
+            self.display.say(f"{cell}: {_words((session.config.lr, session.config.weight_decay))}: test {accuracy:.1%}")
+            adapter = sum(p.numel() for p in session.adapted.adapter.values())
+            return {
+                "shots": self.grid.base.shots,
+                "metric": material.images.metric,
+                "accuracy": accuracy,
+                "trainable": adapter + sum(p.numel() for p in session.adapted.head.parameters()),
+                "adapter": adapter,
+                "lr": session.config.lr,
+                "weight_decay": session.config.weight_decay,
+                "trials": len(trials) // len(self.grid.searched(cell)),
+                "val": best["score"] if best else None,
+                "peak_bytes": costs(session)["peak_bytes"],
+                "busy_s": busy_s,
+            }
+
+        self._record(cell, {"kind": "final", "trial": None}, run)
+
+    def _record(self, cell: Cell, head: Record, run: Callable[[], Record]) -> None:
+        """Keep what a run came to, or why it failed."""
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            raise InterruptedRunError("the comparison was killed", TERMINATED)
+        began = time.perf_counter()
+        head = head | {"data": label(cell.data), "method": cell.method, "seed": cell.seed}
+        try:
+            found = run()
+        except InterruptedRunError:
+            raise
+        except KadaptError as error:
+            reason = " ".join(str(error).split())
+            self.display.say(f"{cell}: FAILED: {reason}")
+            found = {"kind": "failure", "reason": reason, "shots": self.grid.base.shots, "busy_s": 0.0}
+        self.study.add(head | found | {"time_s": time.perf_counter() - began})
+
+    def _fitted(
+        self, cell: Cell, settings: search.Settings | None, epochs: int, material: Material
+    ) -> tuple[Session, float]:
+        """A trained run of a cell and the seconds that training took; settings None are the method's own."""
+        changes: dict[str, Any] = {"data": cell.data, "method": cell.method, "seed": cell.seed, "epochs": epochs}
+        if settings is not None:
+            changes |= {"lr": settings[0], "weight_decay": settings[1]}
+        session = prepare(self.grid.base.model_copy(update=changes), None, self.quiet, material=material)
+        if self.grid.select == "test-best" and not material.images.splits["val"]:
+            session.val = material.plain("test")
+        began = time.perf_counter()
+        fit(session, self.quiet)
+        return session, time.perf_counter() - began
+
+    def _test_score(self, session: Session) -> float:
+        if self.grid.select == "test-best":
+            return max(float(row["val_accuracy"]) for row in session.history)
+        plain = session.material.plain("test")
+        if session.config.method == "linear":
+            features, labels = session.material.features("test", session.device, session.dtype)
+            values = session.adapted.head.cpu()(features).detach()
+        else:
+            values, labels = logits(session.module, plain, session.device, session.dtype)
+        return metrics.score(session.images.metric, values.numpy(), labels.numpy())
+
+    def _material(self, cell: Cell) -> tuple[Material, Material]:
+        """Images and backbone of a cell for the search and for the final run; opened again when the images change."""
+        if self.opened != (cell.data, cell.seed):
+            base = self.grid.base
+            self.backbone = self.backbone or load_backbone(base)
+            images = open_images(cell.data, shots=base.shots, seed=cell.seed, skip_bad=base.skip_bad)
+            choose_metric(images, base.metric)
+            self.materials = (Material(images, self.backbone), Material(merged(images), self.backbone))
+            self.opened = (cell.data, cell.seed)
+        return self.materials
+
+    def _say_left(self, cell: Cell, left: int) -> None:
+        """How far the grid is, after a cell that this worker filled."""
+        self.filled += 1
+        each = (time.perf_counter() - self.started) / self.filled
+        self.display.say(f"{left} cells left, about {duration(each * left)} with one worker")
+
+
+def _value(record: Record) -> search.Value:
+    """What a search compares trials by."""
+    return search.FAILED if record["kind"] == "failure" else (record["score"], -record["loss"])
+
+
+def _best(trials: Sequence[Record]) -> Record | None:
+    """The settings with the best mean value, of those tried in as many cells as any, and that value as their score.
+
+    None when there are none, or all failed.
+    """
+    values: dict[tuple[Any, Any], list[search.Value]] = {}
+    for record in trials:
+        values.setdefault((record["lr"], record["weight_decay"]), []).append(_value(record))
+    most = max(map(len, values.values()), default=0)
+    means = {key: tuple(sum(p) / most for p in zip(*v, strict=True)) for key, v in values.items() if len(v) == most}
+    best = max(means, key=lambda key: means[key], default=None)
+    if best is None or means[best] == search.FAILED:
+        return None
+    return {"lr": best[0], "weight_decay": best[1], "score": means[best][0]}
+
+
+def _words(settings: tuple[float | None, float | None]) -> str:
+    rate, decay = settings
+    return (f"rate {rate:.2g}, " if rate is not None else "") + f"decay {decay:.2g}"

@@ -1,0 +1,331 @@
+"""`kadapt compare`: the search, the study that survives, and what a comparison does with its cells."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from kadapt_cli import compare as comparing
+from kadapt_cli.compare import search, worker
+from kadapt_cli.compare.grid import Grid
+from kadapt_cli.compare.study import FileStudy, open_study
+from kadapt_cli.config import TrainConfig
+from kadapt_cli.errors import DataError, DivergedError, KadaptError, UsageError
+from kadapt_cli.progress import Display
+
+GRID = {"shots": 5, "search": "coarse"}
+
+
+def quiet() -> Display:
+    return Display(Console(stderr=True), quiet=True)
+
+
+# --- the search ---
+
+
+def replay(make, value) -> list[search.Settings]:
+    """All settings of a search whose trials have the value of their settings."""
+    tried: list[search.Settings] = []
+    while (settings := search.following(make(), [value(*s) for s in tried])) is not None:
+        tried.append(settings)
+    return tried
+
+
+def test_coarse_tries_every_rate_then_a_large_decay_at_the_best():
+    tried = replay(lambda: search.coarse(True), lambda lr, wd: (-abs(lr - 1e-3), 0.0))
+    assert tried == [(2e-4, 1e-4), (1e-3, 1e-4), (4e-3, 1e-4), (2e-2, 1e-4), (1e-3, 0.3)]
+
+
+def test_equal_scores_are_decided_by_the_validation_loss():
+    tried = replay(lambda: search.coarse(True), lambda lr, wd: (0.4, -abs(lr - 2e-2)))
+    assert tried[-1] == (2e-2, 0.3)
+
+
+def test_the_probe_gets_as_many_trials_of_its_decay():
+    tried = replay(lambda: search.coarse(False), lambda lr, wd: (0.0, 0.0))
+    assert [lr for lr, _ in tried] == [None] * search.BUDGETS["coarse"]
+    assert len({decay for _, decay in tried}) == len(tried)
+
+
+def test_a_failed_trial_is_never_the_best():
+    tried = replay(lambda: search.coarse(True), lambda lr, wd: search.FAILED if lr > 1e-3 else (0.0, -lr))
+    assert tried[-1] == (2e-4, 0.3)
+
+
+def test_faithful_refines_around_the_peak_within_its_budget():
+    peak = 10**-3.5
+    tried = replay(lambda: search.faithful(True), lambda lr, wd: (-abs(search.math.log10(wd / peak)), 0.0))
+    assert len(tried) == len(set(tried)) <= search.BUDGETS["faithful"]
+    for rate in search.FAITHFUL_RATES:
+        assert min(abs(search.math.log10(wd / peak)) for lr, wd in tried if lr == rate) < 0.07
+
+
+def test_optuna_gives_the_budget_and_the_same_trials_again():
+    pytest.importorskip("optuna", reason="needs the search extra")
+
+    def value(lr, wd):
+        return (-abs(search.math.log10(lr) + 3), 0.0)
+
+    tried = replay(lambda: search.tpe(True, 6, 0), value)
+    assert len(tried) == 6
+    assert replay(lambda: search.tpe(True, 6, 0), value) == tried
+    assert all(1e-5 <= lr <= 1e-1 and 1e-6 <= wd <= 1 for lr, wd in tried)
+
+
+# --- the study ---
+
+
+@pytest.fixture(params=["file", "journal"])
+def open_again(request, tmp_path):
+    """open_again(grid) opens the same study anew, as another process would."""
+    if request.param == "journal":
+        pytest.importorskip("optuna", reason="needs the search extra")
+    storage = None if request.param == "file" else f"journal:{tmp_path / 'study.log'}"
+    return lambda grid=GRID: open_study(tmp_path / "out", storage, grid)
+
+
+def test_records_are_there_for_the_next_process(open_again):
+    records = [
+        {"kind": "trial", "score": 0.5, "data": "ä|b", "trial": 0},
+        {"kind": "failure", "reason": "x", "trial": 1},
+    ]
+    first, second = open_again(), open_again()
+    first.add(records[0])
+    assert second.records() == records[:1]
+    second.add(records[1])
+    assert first.records() == second.records() == open_again().records() == records
+
+
+def test_one_process_has_a_claim_at_a_time(open_again):
+    first, second = open_again(), open_again()
+    with first.claim("a") as mine, second.claim("a") as theirs, second.claim("b") as other:
+        assert (mine, theirs, other) == (True, False, True)
+    with second.claim("a") as again:
+        assert again
+
+
+def test_a_study_of_another_grid_says_what_differs(open_again):
+    open_again()
+    with pytest.raises(UsageError, match="shots 5, not 10; use these settings or another --out"):
+        open_again({"shots": 10, "search": "coarse"})
+
+
+def test_a_line_cut_by_a_kill_is_passed_over_and_the_next_is_whole(tmp_path):
+    study = FileStudy(tmp_path, GRID)
+    study.add({"kind": "trial", "trial": 0})
+    with (tmp_path / "study.jsonl").open("ab") as file:
+        file.write(b'{"kind": "tri')
+    study.add({"kind": "trial", "trial": 1})
+    assert [r["trial"] for r in FileStudy(tmp_path, GRID).records()] == [0, 1]
+    assert [r["trial"] for r in study.records()] == [0, 1]
+
+
+def test_the_claim_of_a_killed_process_ends(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from kadapt_cli.compare.study import FileStudy\n"
+        f"with FileStudy(Path({str(tmp_path)!r}), {GRID!r}).claim('a') as mine: print(mine, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "True\n"
+    study = FileStudy(tmp_path, GRID)
+    with study.claim("a") as mine:
+        assert not mine
+    process.kill()
+    process.wait()
+    with study.claim("a") as mine:
+        assert mine
+
+
+def test_a_claim_that_has_stopped_beating_is_void(tmp_path, monkeypatch):
+    pytest.importorskip("optuna", reason="needs the search extra")
+    first, second = (open_study(tmp_path, f"journal:{tmp_path / 'log'}", GRID) for _ in range(2))
+    holder = first.claim("a")
+    assert holder.__enter__()
+    with second.claim("a") as mine:
+        assert not mine
+    monkeypatch.setattr("kadapt_cli.compare.study.STALE_S", 0.5)
+    time.sleep(0.6)
+    with second.claim("a") as mine:
+        assert mine
+    holder.__exit__(None, None, None)
+
+
+# --- comparisons ---
+
+
+@pytest.fixture(scope="module")
+def folders(tasks, tmp_path_factory) -> tuple[str, str]:
+    """Two data sets of eight images in each of three classes."""
+    import shutil
+
+    root = tmp_path_factory.mktemp("sets")
+    for task in ("flowers5", "trashnet"):
+        for source in sorted(p for p in (tasks / task).iterdir() if p.is_dir())[:3]:
+            (root / task / source.name).mkdir(parents=True)
+            for photo in sorted(source.iterdir())[:8]:
+                shutil.copy(photo, root / task / source.name)
+    return str(root / "flowers5"), str(root / "trashnet")
+
+
+def grid_of(folders, **changes) -> Grid:
+    settings = {"methods": ("linear", "bitfit"), "seeds": (0,), "search_epochs": 1} | changes
+    return Grid(data=folders, base=TrainConfig(shots=5, epochs=2, augment="none"), **settings)
+
+
+def run(grid: Grid, out: Path, **changes) -> comparing.Comparison:
+    return comparing.compare(grid, out, quiet(), **({"storage": None, "jobs": 1, "m0": 1e8} | changes))
+
+
+def test_a_comparison_writes_its_result_and_a_second_run_trains_nothing(folders, tmp_path, monkeypatch):
+    document = run(grid_of(folders, search="coarse"), tmp_path).document
+    assert json.loads((tmp_path / "comparison.json").read_text()) == document
+    keys = "data method shots seed accuracy trainable adapter lr weight_decay trials"
+    assert all(set(keys.split()) == set(row) for row in document["rows"])
+    assert [(r["data"], r["method"]) for r in document["rows"]] == [
+        (data, method) for data in ("flowers5", "trashnet") for method in ("linear", "bitfit")
+    ]
+    assert {row["trials"] for row in document["rows"]} == {5}
+    assert {tuple(entry) for entry in document["table"]} == {("method", "mean", "std", "trainable", "pe")}
+    with (tmp_path / "comparison.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 4
+    before = (tmp_path / "study.jsonl").read_bytes()
+    monkeypatch.setattr(worker, "fit", None)
+    assert run(grid_of(folders, search="coarse"), tmp_path).document == document
+    assert (tmp_path / "study.jsonl").read_bytes() == before
+
+
+def test_methods_and_seeds_can_be_added_later(folders, tmp_path):
+    run(grid_of(folders[:1], methods=("linear",)), tmp_path)
+    document = run(grid_of(folders[:1], methods=("linear", "bitfit"), seeds=(0, 1)), tmp_path).document
+    assert len(document["rows"]) == 4
+    with pytest.raises(UsageError, match="search 'none', not 'coarse'"):
+        run(grid_of(folders[:1], search="coarse"), tmp_path)
+
+
+def scripted(monkeypatch, *, test: dict[float, float], val: dict[float, float]):
+    """Trials and final runs that train nothing: their scores are those of their learning rate."""
+    real = worker.prepare
+    finals = []
+
+    def prepare(config, out, display, material):
+        session = real(config, out, display, material=material)
+        session.history = [{"val_accuracy": val[config.lr], "val_loss": 1.0, "time_s": 1.0, "kept": True}]
+        return session
+
+    def score(self, session):
+        finals.append((session.config.lr, len(session.images.splits["train"]), len(session.images.splits["val"])))
+        return test[session.config.lr]
+
+    monkeypatch.setattr(worker, "prepare", prepare)
+    monkeypatch.setattr(worker, "fit", lambda session, display: None)
+    monkeypatch.setattr(worker.Worker, "_test_score", score)
+    return finals
+
+
+RATES = search.COARSE_RATES
+
+
+def test_the_setting_is_chosen_in_validation_and_trained_on_all_images(folders, tmp_path, monkeypatch):
+    """The rate that is best on the test is not the one that is taken."""
+    test, val = dict(zip(RATES, (0.9, 0.5, 0.1, 0.1), strict=True)), dict(zip(RATES, (0.1, 0.6, 0.2, 0.2), strict=True))
+    finals = scripted(monkeypatch, test=test, val=val)
+    document = run(grid_of(folders[:1], methods=("bitfit",), search="coarse"), tmp_path).document
+    assert [(row["lr"], row["accuracy"]) for row in document["rows"]] == [(1e-3, 0.5)]
+    assert finals == [(1e-3, 15, 0)]  # five of each of three classes, validation included
+
+
+def test_pooled_takes_one_setting_for_all_data_sets_and_seeds(folders, tmp_path, monkeypatch):
+    finals = scripted(
+        monkeypatch, test=dict.fromkeys(RATES, 0.5), val=dict(zip(RATES, (0.1, 0.2, 0.9, 0.3), strict=True))
+    )
+    grid = grid_of(folders, methods=("bitfit",), seeds=(1, 0), search="coarse", select="pooled")
+    document = run(grid, tmp_path).document
+    assert {lr for lr, _, _ in finals} == {4e-3}
+    assert [(row["seed"], row["trials"]) for row in document["rows"]] == [(1, 5), (0, 5), (1, 5), (0, 5)]
+    trials = [r for r in open_study(tmp_path, None, grid.settings()).records() if r["kind"] == "trial"]
+    assert {r["seed"] for r in trials} == {1}  # only the first seed is searched
+    assert len(trials) == 2 * 5
+
+
+def test_test_best_reports_the_best_epoch(folders, tmp_path):
+    grid = grid_of(folders[:1], methods=("bitfit",), select="test-best")
+    best = run(grid, tmp_path / "a").document["rows"][0]["accuracy"]
+    last = run(grid_of(folders[:1], methods=("bitfit",)), tmp_path / "b").document["rows"][0]["accuracy"]
+    assert best >= last
+    assert '"test-best"' in (tmp_path / "a" / "study.jsonl").read_text()
+
+
+def test_a_failed_trial_is_recorded_and_the_rest_goes_on(folders, tmp_path, monkeypatch):
+    real = worker.fit
+
+    def fit(session, display):
+        if session.config.lr == 2e-2:
+            raise DivergedError("the loss is not finite at step 1")
+        real(session, display)
+
+    monkeypatch.setattr(worker, "fit", fit)
+    document = run(grid_of(folders[:1], methods=("bitfit",), search="coarse"), tmp_path).document
+    assert [row["method"] for row in document["rows"]] == ["bitfit"]
+    assert [(f["trial"], f["reason"]) for f in document["failures"]] == [(3, "the loss is not finite at step 1")]
+
+
+def test_a_cell_whose_runs_all_fail_has_no_accuracy(folders, tmp_path, monkeypatch):
+    real = worker.fit
+
+    def fit(session, display):
+        if session.config.method == "bitfit":
+            raise DivergedError("the loss is not finite at step 1")
+        real(session, display)
+
+    monkeypatch.setattr(worker, "fit", fit)
+    document = run(grid_of(folders[:1], search="coarse"), tmp_path).document
+    assert [row["method"] for row in document["rows"]] == ["linear"]
+    assert document["failures"][-1]["reason"] == "every trial failed"
+    assert document["failures"][-1]["trial"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"methods": ("lora", "lorra")}, UsageError, "unknown method 'lorra'; did you mean lora"),
+        ({"methods": ("lora", "lora")}, UsageError, "is there twice"),
+        ({"data": ("nowhere",)}, DataError, "nowhere"),
+        ({"data": ("oxford-iit-pets",)}, DataError, "oxford-iiit-pets"),
+        ({"base": TrainConfig(metric="roc_auc", shots=5)}, UsageError, "cannot have roc_auc"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(folders, tmp_path, changes, error, words):
+    grid = grid_of(folders)
+    with pytest.raises(error, match=words) as caught:
+        run(Grid(**(vars(grid) | changes)), tmp_path / "out")
+    assert isinstance(caught.value, KadaptError)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_in_two_processes(folders, tmp_path):
+    """Killed after its third record; two workers finish it; no trial is done twice."""
+    command = [sys.executable, "-m", "kadapt_cli", "compare", "--data", folders[0], "--data", folders[1], "--out"]
+    command += [str(tmp_path / "c"), "--method", "bitfit", "--method", "linear", "--seeds", "0", "--search", "coarse"]
+    command += ["--search-epochs", "1", "--epochs", "1", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    study = tmp_path / "c" / "study.jsonl"
+    while process.poll() is None and not (study.exists() and study.read_bytes().count(b"\n") > 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run([*command, "--jobs", "2"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["rows"]) == 4
+    records = [json.loads(line) for line in study.read_text().splitlines()[1:]]
+    keys = [(r["data"], r["method"], r["trial"]) for r in records]
+    assert len(keys) == len(set(keys)) == 4 * 6

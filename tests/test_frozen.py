@@ -1,0 +1,91 @@
+"""What is frozen is computed once: with the same result, and faster."""
+
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from kadapt_cli import session as sessions
+from kadapt_cli import train as training
+from kadapt_cli.config import TrainConfig
+from kadapt_cli.data import open_images
+from kadapt_cli.models import Tail, before_block, first_trained_block, load
+from kadapt_cli.progress import Display
+
+# A fused qkv, rotary embeddings, a relative position bias, a CLIP tower, attention pooling.
+MODELS = [
+    ("vit32", 32),
+    ("eva02_tiny_patch14_224", 56),
+    ("beitv2_base_patch16_224", 64),
+    ("vit_base_patch32_clip_quickgelu_224", 64),
+    ("vit_base_patch16_siglip_224", 64),
+]
+LAST_TWO = ("blocks.4.*", "blocks.5.*")
+
+
+def quiet() -> Display:
+    return Display(Console(stderr=True), quiet=True)
+
+
+@pytest.mark.parametrize(("name", "size"), MODELS, ids=[name for name, _ in MODELS])
+def test_the_tail_goes_on_where_the_front_stops(name, size):
+    module = load(name, pretrained=False, img_size=None if name == "vit32" else size).module
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = module(images)
+        for first in (1, len(module.blocks) - 1):
+            activations, extra = before_block(module, first, images)
+            torch.testing.assert_close(Tail(module, first, extra)(activations), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_trained_block():
+    module = load("vit32").module
+    assert first_trained_block(module) == 6
+    module.norm.weight.requires_grad_(True)
+    assert first_trained_block(module) == 6
+    module.blocks[4].mlp.fc1.bias.requires_grad_(True)
+    assert first_trained_block(module) == 4
+    module.pos_embed.requires_grad_(True)
+    assert first_trained_block(module) == 0
+
+
+def fitted(monkeypatch, *, reuse: bool, method: str = "kadaptation", **changes) -> tuple[sessions.Session, float]:
+    """A run on the digits with the last two of six blocks adapted, in memory, and its seconds."""
+    settings = {"shots": 4, "epochs": 4, "augment": "none", "targets": LAST_TWO, "batch_size": 32} | changes
+    config = TrainConfig(method=method, **settings)
+    images = open_images("demo", shots=config.shots)
+    with monkeypatch.context() as patch:
+        if not reuse:
+            patch.setattr(sessions, "keep_frozen", lambda session: None)
+        began = time.perf_counter()
+        session = training.prepare(config, None, quiet(), material=sessions.Material(images, load("vit32")))
+    training.fit(session, quiet())
+    return session, time.perf_counter() - began
+
+
+@pytest.mark.parametrize("method", ["kadaptation", "lora", "adapter"])
+def test_kept_activations_give_the_same_run(monkeypatch, method):
+    kept, _ = fitted(monkeypatch, reuse=True, method=method)
+    plain, _ = fitted(monkeypatch, reuse=False, method=method)
+    assert isinstance(kept.train, sessions.Activations)
+    assert not isinstance(plain.train, sessions.Activations)
+    for name, parameter in plain.parameters.items():
+        torch.testing.assert_close(kept.parameters[name], parameter, rtol=1e-5, atol=1e-5)
+    assert kept.history[-1]["train_loss"] == pytest.approx(plain.history[-1]["train_loss"], rel=1e-5)
+    assert kept.history[-1]["val_loss"] == pytest.approx(plain.history[-1]["val_loss"], rel=1e-5)
+
+
+def test_augmented_images_and_a_trained_front_are_not_kept(monkeypatch):
+    for changes in ({"augment": "light"}, {"targets": ("q", "v")}, {"targets": ("blocks.*.q",), "method": "full"}):
+        session, _ = fitted(monkeypatch, reuse=True, epochs=1, **changes)
+        assert not isinstance(session.train, sessions.Activations)
+
+
+@pytest.mark.slow
+def test_adapting_the_last_two_blocks_is_twice_as_fast(monkeypatch):
+    """The frozen four of six blocks run once and not in each of 20 epochs; the best of three pairs, taking turns."""
+    pairs = []
+    for _ in range(3):
+        pairs.append([fitted(monkeypatch, reuse=reuse, shots=12, epochs=20)[1] for reuse in (False, True)])
+    assert max(plain / kept for plain, kept in pairs) >= 2.0, pairs
