@@ -202,6 +202,15 @@ def test_a_comparison_writes_its_result_and_a_second_run_trains_nothing(folders,
     assert (tmp_path / "study.jsonl").read_bytes() == before
 
 
+def test_a_trial_that_was_lost_is_done_again(folders, tmp_path):
+    grid = grid_of(folders[:1], methods=("linear",), search="coarse")
+    document = run(grid, tmp_path).document
+    study = tmp_path / "study.jsonl"
+    lines = study.read_text().splitlines(keepends=True)
+    study.write_text("".join(line for line in lines if '"trial": 1,' not in line and '"final"' not in line))
+    assert run(grid, tmp_path).document["rows"] == document["rows"]
+
+
 def test_methods_and_seeds_can_be_added_later(folders, tmp_path):
     run(grid_of(folders[:1], methods=("linear",)), tmp_path)
     document = run(grid_of(folders[:1], methods=("linear", "bitfit"), seeds=(0, 1)), tmp_path).document

@@ -1,5 +1,6 @@
 """One process that fills the cells of a comparison."""
 
+import itertools
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -66,9 +67,9 @@ class Worker:
         return [r for r in self.study.records() if (r["data"], r["method"], r["seed"]) == key]
 
     def _trials(self, cell: Cell) -> list[Record]:
-        """The cell's trials, in their order."""
-        trials = {r["trial"]: r for r in self._records(cell) if r["trial"] is not None}
-        return [trials[number] for number in sorted(trials)]
+        """The cell's trials in their order, up to the first that is missing: each depends on those before it."""
+        trials = {r["trial"]: r for r in self._records(cell)}
+        return [trials[number] for number in itertools.takewhile(trials.__contains__, itertools.count())]
 
     def _next(self, cell: Cell) -> search.Settings | None:
         return search.following(self.grid.plan(cell), [_value(r) for r in self._trials(cell)])
