@@ -153,9 +153,12 @@ def evaluate(
         head = {"schema_version": 1, "run": str(run), "data": data or opened.config.data, "split": split}
         _print_json(head | found.to_json())
         return
-    from kadapt_cli import report
+    from kadapt_cli import metrics, report
 
     console = Console()
+    if isinstance(found, metrics.MultiLabel):
+        print_line(console, f"{found.metric} {found.score:.1%} on {found.images} images")
+        return
     for table in (report.metrics_table(found), report.per_class_table(found), report.confusion_table(found)):
         console.print(table, "")
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from kadapt_cli import metrics, runs
 from kadapt_cli.adapters import Adapted, adapt
 from kadapt_cli.config import TrainConfig, resolve
-from kadapt_cli.data import ImageDataset, ImageSet, make_transform, open_split, parse_manifest, restore
+from kadapt_cli.data import ImageDataset, ImageSet, Transform, make_transform, open_split, parse_manifest, restore
 from kadapt_cli.errors import DataError, MachineError, ModelError, UsageError
 from kadapt_cli.models import Backbone, load
 
@@ -109,7 +109,9 @@ def probabilities(values: Tensor) -> NDArray[np.float64]:
     return result
 
 
-def evaluate(path: Path, *, data: str | None, split: str, device: str, skip_bad: bool) -> tuple[Run, metrics.Metrics]:
+def evaluate(
+    path: Path, *, data: str | None, split: str, device: str, skip_bad: bool
+) -> tuple[Run, metrics.Metrics | metrics.MultiLabel]:
     """Measure a run on a split of its own images, or on all images of another source with the same classes.
 
     Raises:
@@ -121,11 +123,18 @@ def evaluate(path: Path, *, data: str | None, split: str, device: str, skip_bad:
     if not images.splits[split]:
         there = ", ".join(f"{name} {len(samples)}" for name, samples in images.splits.items() if samples)
         raise DataError(f"--split {split}: there are no such images ({there}); choose another split, or give --data")
-    transform = make_transform(run.adapted.backbone.data_config, augment="none")
-    dataset = ImageDataset(images, split, transform, seed=run.config.seed)
+    dataset = ImageDataset(images, split, transform_of(run), seed=run.config.seed)
     chosen = choose_device(device)
     values, labels = logits(run.adapted.module().to(chosen), dataset, chosen)
+    if images.multi_label:
+        score = metrics.score(images.metric, values.numpy(), labels.numpy())
+        return run, metrics.MultiLabel(images.metric, score, len(labels))
     return run, metrics.evaluate(probabilities(values), labels.numpy(), run.classes)
+
+
+def transform_of(run: Run) -> Transform:
+    """How the run's model takes its images."""
+    return make_transform(run.adapted.backbone.data_config, augment="none", squash=run.info.get("squash", False))
 
 
 def images_of(run: Run, data: str | None, split: str, skip_bad: bool) -> ImageSet:

@@ -90,6 +90,19 @@ class Metrics:
         }
 
 
+@dataclass(frozen=True)
+class MultiLabel:
+    """What can be said of images with several labels: the score by a metric, in [0, 1], of so many images."""
+
+    metric: str
+    score: float
+    images: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as a plain dict."""
+        return asdict(self)
+
+
 def within_one_error(accuracy: float, best: float, images: int) -> bool:
     """Whether validation on so many images cannot tell an accuracy from the best one: one standard error apart or less.
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kadapt_cli.data import make_transform
 from kadapt_cli.errors import DataError, UsageError
-from kadapt_cli.evaluate import choose_device, logits, open_run, probabilities
+from kadapt_cli.evaluate import choose_device, logits, open_run, probabilities, transform_of
 from kadapt_cli.images import IMAGE_SUFFIXES, read_image
 
 
@@ -58,9 +57,10 @@ def predict(
     if not good:
         raise DataError("no image is left to classify")
     chosen = choose_device(device)
-    transform = make_transform(run.adapted.backbone.data_config, augment="none")
-    values, _ = logits(run.adapted.module().to(chosen), _Files(good, transform), chosen)
-    best = torch.from_numpy(probabilities(values)).topk(min(top, len(run.classes)))
+    values, _ = logits(run.adapted.module().to(chosen), _Files(good, transform_of(run)), chosen)
+    several = run.info.get("metric") == "11point_mAP"  # labels that do not exclude each other
+    found = values.double().sigmoid() if several else torch.from_numpy(probabilities(values))
+    best = found.topk(min(top, len(run.classes)))
     return [
         {
             "path": str(file),

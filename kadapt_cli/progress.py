@@ -112,7 +112,11 @@ def show_result(result: dict[str, Any], console: Console) -> None:
         return
     for split, found in result["metrics"].items():
         if found:
-            words = f"accuracy {found['accuracy']:.1%}, balanced {found['balanced_accuracy']:.1%}"
+            words = f"{found['metric']} {found['score']:.1%}"
+            if found["accuracy"] is not None:
+                words = f"accuracy {found['accuracy']:.1%}, balanced {found['balanced_accuracy']:.1%}"
+            if found["metric"] == "roc_auc":
+                words += f", area under the ROC curve {found['score']:.1%}"
             line(
                 split,
                 words + (f" (epoch {result['kept_epoch']} of {result['epochs']} kept)" if split == "val" else ""),

@@ -402,6 +402,7 @@ def _describe(session: Session) -> Row:
         },
         "classes": list(session.images.classes),
         "metric": session.images.metric,
+        "squash": session.images.squash,
         "data_config": {k: list(v) if isinstance(v, tuple) else v for k, v in backbone.data_config.items()},
         "config": {k: list(v) if isinstance(v, tuple) else v for k, v in session.config.model_dump().items()},
     }
