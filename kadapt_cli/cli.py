@@ -294,7 +294,7 @@ def compare(
         _print_json(found.document)
         return
     Console().print(found.shown)
-    print_line(Console(), f"wrote {out / worker.CSV}, {out / worker.JSON} and {out / worker.PAGE}")
+    print_line(Console(), f"wrote {out / worker.PAGE}, and the same as .csv, .json and .svg")
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -399,11 +399,13 @@ def data_list(as_json: JsonFlag = False) -> None:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for header in ("name", "classes", "train", "val", "test"):
         table.add_column(header, justify="left" if header == "name" else "right", no_wrap=True)
-    for header in ("metric", "obtained", "here"):
-        table.add_column(header, overflow="fold")
+    for header in ("metric", "from", "here"):
+        table.add_column(header, no_wrap=True)
     for row in rows:
         counts = [f"{row[key]:,}" if row[key] else "–" for key in ("classes", "train", "val", "test")]
-        table.add_row(row["name"], *counts, row["metric"], row["obtained"], "yes" if row["present"] else "no")
+        table.add_row(
+            row["name"], *counts, row["metric"], row["obtained"].split()[0], "yes" if row["present"] else "no"
+        )
     console = Console()
     console.print(table, "")
     print_line(console, f"they live in {catalog.data_root()}, which KADAPT_DATA changes")

@@ -339,7 +339,7 @@ def _split_notes(splits: Splits, classes: Sequence[str]) -> list[str]:
 
 def _divide(pools: Splits, classes: Sequence[str], shots: int | None, seed: int, val: str, where: str) -> Splits:
     """Draw train, val and test from the pools a source has ("train", and "val" and "test" where it has them)."""
-    least = shots or 1 + (val == "auto" and "val" not in pools) + ("test" not in pools)
+    least = shots or 1 + (val != "none" and "val" not in pools) + ("test" not in pools)
     counts = Counter(label for sample in pools["train"] for label in sample.labels)
     short = [f"{shown(name)} ({counts[label]})" for label, name in enumerate(classes) if counts[label] < least]
     if short:
@@ -354,7 +354,7 @@ def _divide(pools: Splits, classes: Sequence[str], shots: int | None, seed: int,
     kept: list[Sample] = []
     if val == "auto" and "val" in pools:
         kept = pools["val"]
-    elif val == "auto":
+    elif val != "none":
         kept, drawn = _take(drawn, _fifth, f"{seed}:val", least=1)
     splits = {"train": drawn, "val": kept, "test": pools.get("test", rest)}
     return {split: sorted(samples, key=_by_path) for split, samples in splits.items()}
@@ -414,7 +414,8 @@ def open_images(
         source: The folder, "demo", or a name with one of timm's prefixes (torch/, hfds/, hfids/, wds/, tfds/).
         shots: Training images drawn a class, validation included; all of them when None (10 for "demo").
         seed: Seed of the draw.
-        val: "auto", or "none" to train on all drawn images; a val/ folder is then ignored.
+        val: "auto" takes the source's own validation images, else 20 % of those drawn; "drawn" always the latter, as in
+            a few-shot comparison; "none" trains on all drawn images. With the last two a val/ folder is ignored.
         skip_bad: Leave out images that cannot be used, with a note, and draw from the others.
         classes: The class names in the order wanted; those of the folders, sorted, when None. A named set has its own.
         cache_bytes: Decoded pictures are kept up to this many bytes; others are decoded again whenever asked for.
@@ -423,20 +424,22 @@ def open_images(
         DataError: Folders, classes or images that cannot be used as they are.
         UsageError: `shots` or `val` out of range, or one shot a class with validation drawn from it.
     """
-    if val not in ("auto", "none"):
-        raise UsageError(f"val: 'auto' or 'none' was expected, {val!r} given")
+    if val not in ("auto", "drawn", "none"):
+        raise UsageError(f"val: 'auto', 'drawn' or 'none' was expected, {val!r} given")
     if shots is not None and shots < 1:
         raise UsageError(f"shots: 1 or more was expected, {shots} given")
     if source == "demo" and shots is None:
         shots = DEMO_SHOTS
     images = _open_named(source, cache_bytes) if is_named(source) else _open_folder(source, val, classes)
+    if val == "drawn":
+        images.splits.pop("val", None)
     has_val = "val" in images.splits
     if len(images.classes) < 2:
         raise DataError(
             f"{shown(source)}: two classes or more were expected, {shown(images.classes[0])} is the only one"
         )
-    if shots == 1 and val == "auto" and not has_val:
-        raise UsageError("shots: one image a class leaves none to train on beside validation; pass --val none")
+    if shots == 1 and val != "none" and not has_val:
+        raise UsageError("shots: one image a class leaves none to train on beside validation; go without validation")
     where = shown(source)
     divide = partial(_divide, classes=images.classes, shots=shots, seed=seed, val=val, where=where)
     images = _complete(images, divide, skip_bad, cache_bytes)
@@ -489,9 +492,8 @@ def _open_folder(source: str, val: str, classes: tuple[str, ...] | None) -> Imag
     if "train" not in folders:
         have = ", ".join(f"{folder.name}/" for folder in folders.values())
         raise DataError(f"{shown(source)}: has {have} but no folder train/ (links to folders are not followed); add it")
-    notes = (
-        [f"{folders.pop('val').name}/ was ignored, as validation is off"] if val == "none" and "val" in folders else []
-    )
+    why = {"none": "as validation is off", "drawn": "as validation is drawn from the shots"}.get(val)
+    notes = [f"{folders.pop('val').name}/ was ignored, {why}"] if why and "val" in folders else []
     groups = {split: _scan(folder, found) for split, folder in folders.items()}
     classes = classes or tuple(sorted(groups["train"]))
     pools = {split: _pool(groups[split], classes, folder) for split, folder in folders.items()}

@@ -94,11 +94,20 @@ def tensors_of(adapted: Adapted) -> dict[str, Tensor]:
 def logits(
     module: nn.Module, dataset: Dataset[Any], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """(n, C) float32 logits and (n,) labels of a dataset, in its order, on the CPU; no gradients."""
+    """(n, C) float32 logits and (n,) labels of a dataset, in its order, on the CPU; no gradients.
+
+    Raises:
+        MachineError: A batch of 128 images does not fit in the GPU's memory.
+    """
     out, labels = [], []
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for images, target in DataLoader(dataset, batch_size=EVALUATION_BATCH):
-            out.append(module(images.to(device)).float().cpu())
+            try:
+                out.append(module(images.to(device)).float().cpu())
+            except torch.OutOfMemoryError:
+                raise MachineError(
+                    f"out of memory with {len(images)} images; use a smaller --model or --img-size"
+                ) from None
             labels.append(target)
     return torch.cat(out), torch.cat(labels)
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from kadapt_cli import __version__, runs
 from kadapt_cli.adapters import Adapted, method
-from kadapt_cli.data import ImageDataset, ImageSet, make_transform, open_images
+from kadapt_cli.data import ImageDataset, ImageSet, open_images
 from kadapt_cli.errors import CheckFailedError, DataError, UsageError
-from kadapt_cli.evaluate import Run, load_backbone, logits, open_run, run_images
+from kadapt_cli.evaluate import Run, load_backbone, logits, open_run, run_images, transform_of
 from kadapt_cli.models import classifier_keys, full_model
 
 LARGEST_DIFFERENCE = 1e-4
@@ -72,8 +72,8 @@ def merge(path: Path, out: Path, *, dtype: str) -> dict[str, Any]:
 def merged_state(adapted: Adapted, base: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:
     """The state dict of the merged classifier, in timm's keys, and how much of ΔW its rounding destroyed.
 
-    Sums are made in float64 and rounded once. The loss is ‖(round(W + ΔW) − round(W)) − ΔW‖ / ‖ΔW‖ over all adapted
-    weights: 0 when every bit of the adapter survives, 1 when nothing does.
+    Sums are made in float64 and rounded once. The loss is ‖(round(W + ΔW) − round(W)) − ΔW‖ / ‖ΔW‖ over all
+    weights that changed: 0 when every bit of the adapter survives, 1 when nothing does.
 
     Args:
         adapted: The model with its trained adapter and head.
@@ -86,7 +86,7 @@ def merged_state(adapted: Adapted, base: Mapping[str, Tensor], dtype: torch.dtyp
     method(adapted.config.method).merge(state, tensors, adapted.segments, adapted.config)
     lost, whole = 0.0, 0.0
     for key, tensor in state.items():
-        if tensor.dim() == 2 and tensor.is_floating_point():
+        if tensor.is_floating_point():
             delta = tensor - before[key]
             survived = tensor.to(dtype).double() - before[key].to(dtype).double()
             lost += float((survived - delta).square().sum())
@@ -129,12 +129,12 @@ def _card(run: Run) -> str:
     model = run.info["model"]
     result = run.path / runs.RESULT
     test = (json.loads(result.read_text())["metrics"]["test"] or {}) if result.is_file() else {}
-    accuracy = f"Test accuracy {test['accuracy']:.1%}, measured before merging.\n" if test else ""
+    score = f"Test: {test['metric']} {test['score']:.1%}, measured before merging.\n" if test else ""
     return (
         f"---\nlibrary_name: timm\npipeline_tag: image-classification\nlicense: {model['license'] or 'other'}\n---\n\n"
         f"# {model['architecture']} adapted to {len(run.classes)} classes\n\n"
         f"{model['name']} with a {run.config.method} adapter merged into its weights by kadapt {__version__}.\n"
-        f"{accuracy}\n"
+        f"{score}\n"
         "```python\nimport timm\nmodel = timm.create_model('local-dir:THIS_FOLDER', pretrained=True).eval()\n```\n"
     )
 
@@ -146,8 +146,7 @@ def _check_images(run: Run) -> Tensor:
     except DataError:
         images = open_images("demo")
     split = next(s for s in ("test", "val", "train") if images.splits[s])
-    transform = make_transform(run.adapted.backbone.data_config, augment="none")
-    dataset = ImageDataset(images, split, transform, seed=0)
+    dataset = ImageDataset(images, split, transform_of(run), seed=0)
     step = max(1, len(dataset) // CHECKED_IMAGES)
     return torch.stack([dataset[i][0] for i in range(0, len(dataset), step)][:CHECKED_IMAGES])
 

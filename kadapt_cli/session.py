@@ -40,6 +40,7 @@ class Material:
     backbone: Backbone
     datasets: dict[str, ImageDataset] = field(default_factory=dict)
     found: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    text: Tensor | None = None  # CLIP's embeddings of the class names
 
     def plain(self, split: str) -> ImageDataset:
         """A split without augmentation."""
@@ -147,7 +148,7 @@ def prepare(
         material: Images and backbone that are there already; the backbone is copied. Both are opened when None.
     """
     device = choose_device(config.device)
-    dtype = _precision(config.precision, device)
+    dtype = precision_of(config.precision, device)
     missing = why_no_triton(torch.empty(0, dtype=dtype, device=device)) if config.backend == "triton" else ""
     if missing:
         raise MachineError(f"--backend triton cannot run: {missing}; use --backend auto")
@@ -158,7 +159,7 @@ def prepare(
     adapted = adapt(backbone, config, len(own.images.classes))
     config = with_absolute_paths(adapted.config)
     if features is not None:
-        adapted.head.start(*features, init=config.head_init, text=_text(config, own))
+        adapted.head.start(*features, init=config.head_init, text=text_start(config, own))
     module = adapted.module().to(device)
     if dtype != torch.float32:
         _cast_frozen(module, dtype)
@@ -182,7 +183,8 @@ def prepare(
         sums=torch.zeros(3, dtype=torch.float64, device=device),
         micro=config.micro_batch or config.batch_size,
     )
-    keep_frozen(session)
+    if start:
+        keep_frozen(session)
     return session
 
 
@@ -215,7 +217,7 @@ def choose_metric(images: ImageSet, name: str | None) -> None:
     images.metric = name
 
 
-def _text(config: TrainConfig, material: Material) -> Tensor | None:
+def text_start(config: TrainConfig, material: Material) -> Tensor | None:
     """CLIP's text embeddings of the classes times its logit scale, (C, D), where the head starts from them."""
     if config.head_init != "text":
         return None
@@ -224,10 +226,11 @@ def _text(config: TrainConfig, material: Material) -> Tensor | None:
     backbone = material.backbone
     if not backbone.projection:
         raise ModelError(f"--head-init text: {backbone.name} is no CLIP image tower; use --head-init means")
-    weight, scale = text_weights(
-        backbone.architecture, backbone.tag, material.images.classes, material.images.templates
-    )
-    return weight * scale
+    if material.text is None:
+        images = material.images
+        weight, scale = text_weights(backbone.architecture, backbone.tag, images.classes, images.templates)
+        material.text = weight * scale
+    return material.text
 
 
 def keep_frozen(session: Session) -> None:
@@ -237,13 +240,14 @@ def keep_frozen(session: Session) -> None:
     first = first_trained_block(whole)
     if session.config.augment != "none" or first == 0 or session.config.method == "linear":
         return
+    close = 1e-5 if session.dtype == torch.float32 else 2e-2
     splits = {split: session.material.plain(split) for split in ("train", "val") if session.images.splits[split]}
     probe = torch.stack([splits["train"][0][0]]).to(session.device)
     with torch.no_grad(), torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
         x, extra = before_block(whole, first, probe)
         tail = Tail(whole, first, extra)
-        same = torch.allclose(tail(x), whole(probe), rtol=1e-4, atol=1e-5)
-    if not same or x.nbytes * sum(map(len, splits.values())) > ACTIVATION_BYTES:
+        same = torch.allclose(tail(x), whole(probe), rtol=close, atol=close)
+    if not same or 4 * x.numel() * sum(map(len, splits.values())) > ACTIVATION_BYTES:
         return
     front = _Front(whole, first)
     kept = {split: Activations(*logits(front, data, session.device, session.dtype)) for split, data in splits.items()}
@@ -408,7 +412,8 @@ def _describe(session: Session) -> Row:
     }
 
 
-def _precision(name: str, device: torch.device) -> torch.dtype:
+def precision_of(name: str, device: torch.device) -> torch.dtype:
+    """The number format that a name, or 'auto', means on a device."""
     if name == "auto":
         name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -72,15 +72,18 @@ def train(config: TrainConfig, out: Path, *, resume: bool, display: Display) -> 
     Raises:
         KadaptError: Anything the user can mend; the folder then holds the last good state.
     """
+    if resume:
+        runs.claim(out, resume=True)
+        config = _resumed_config(config, out)
     with _processes(config) as (rank, world):
-        if rank == 0:
-            runs.claim(out, resume=resume)
-        if world > 1:
-            dist.barrier()
-        if resume:
-            config = _resumed_config(config, out)
+        if rank == 0 and not resume:
+            runs.claim(out, resume=False)
+        if rank > 0:
+            dist.barrier()  # the first process downloads what there is to download
         session = prepare(config, out, display, resume=resume)
         session.rank, session.world = rank, world
+        if rank == 0 and world > 1:
+            dist.barrier()
         with runs.writing(out) if rank == 0 else nullcontext():
             if resume:
                 restore(session)
@@ -122,7 +125,8 @@ def dry_run(config: TrainConfig, out: Path, display: Display) -> Row:
 def fit(session: Session, display: Display) -> None:
     """Train until all epochs are done, validation stops improving, or the user interrupts."""
     if session.config.method == "linear":
-        _solve_head(session, display)
+        if not session.finished:
+            _solve_head(session, display)
         return
     with _signals(session, display), display.training(session.config.epochs, len(session.train)):
         while not session.finished:
@@ -342,8 +346,9 @@ def _loader(session: Session, batches: list[list[int]]) -> DataLoader[Any]:
 
 def _check_finite(session: Session) -> None:
     if not bool(session.sums[0].isfinite()):
+        if session.config.lr is None:
+            raise DivergedError(f"{session.images.name}: the features are not finite; use --precision fp32")
         lr = learning_rate(max(session.step - 1, 0), session)
-        assert session.config.lr is not None
         raise DivergedError(
             f"{session.out or session.images.name}: the loss is not finite at step {session.step} with learning rate "
             f"{lr:.2g}; try --lr {session.config.lr / 4:.2g}. The last good state is kept"

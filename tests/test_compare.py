@@ -3,10 +3,12 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from kadapt_cli.compare import search, worker
 from kadapt_cli.compare.grid import Grid
 from kadapt_cli.compare.study import FileStudy, open_study
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.errors import DataError, DivergedError, KadaptError, UsageError
+from kadapt_cli.errors import CheckFailedError, DataError, DivergedError, KadaptError, ModelError, UsageError
 from kadapt_cli.progress import Display
 
 GRID = {"shots": 5, "search": "coarse"}
@@ -113,7 +115,7 @@ def test_one_process_has_a_claim_at_a_time(open_again):
 
 def test_a_study_of_another_grid_says_what_differs(open_again):
     open_again()
-    with pytest.raises(UsageError, match="shots 5, not 10; use these settings or another --out"):
+    with pytest.raises(UsageError, match="shots 5, not 10; use these settings, or another place"):
         open_again({"shots": 10, "search": "coarse"})
 
 
@@ -164,7 +166,6 @@ def test_a_claim_that_has_stopped_beating_is_void(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def folders(tasks, tmp_path_factory) -> tuple[str, str]:
     """Two data sets of eight images in each of three classes."""
-    import shutil
 
     root = tmp_path_factory.mktemp("sets")
     for task in ("flowers5", "trashnet"):
@@ -259,7 +260,8 @@ def test_pooled_takes_one_setting_for_all_data_sets_and_seeds(folders, tmp_path,
     document = run(grid, tmp_path).document
     assert {lr for lr, _, _ in finals} == {4e-3}
     assert [(row["seed"], row["trials"]) for row in document["rows"]] == [(1, 5), (0, 5), (1, 5), (0, 5)]
-    trials = [r for r in open_study(tmp_path, None, grid.settings()).records() if r["kind"] == "trial"]
+    records = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
+    trials = [r for r in records if r["kind"] == "trial"]
     assert {r["seed"] for r in trials} == {1}  # only the first seed is searched
     assert len(trials) == 2 * 5
 
@@ -301,9 +303,54 @@ def test_a_cell_whose_runs_all_fail_has_no_accuracy(folders, tmp_path, monkeypat
     assert document["failures"][-1]["trial"] is None
 
 
+def test_test_best_works_on_kept_activations(folders, tmp_path):
+    base = TrainConfig(shots=5, epochs=2, augment="none", targets=("blocks.5.*",))
+    grid = Grid(data=folders[:1], methods=("bitfit",), seeds=(0,), base=base, select="test-best")
+    assert run(grid, tmp_path).document["select"] == "test-best"
+
+
+def test_a_final_run_that_failed_is_tried_again(folders, tmp_path, monkeypatch):
+    def fit(session, display):
+        raise DivergedError("no luck")
+
+    grid = grid_of(folders[:1], methods=("bitfit",))
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "fit", fit)
+        with pytest.raises(CheckFailedError, match="every run failed; the first: no luck"):
+            run(grid, tmp_path)
+    document = run(grid, tmp_path).document
+    assert len(document["rows"]) == 1
+    assert document["failures"] == []
+
+
+def test_other_images_under_the_same_name_are_refused(folders, tmp_path):
+
+    first, second = (tmp_path / name / "flowers" for name in ("a", "b"))
+    for folder, source in ((first, folders[0]), (second, folders[0])):
+        shutil.copytree(source, folder)
+    next(iter(sorted(second.iterdir()))).joinpath("more.jpg").write_bytes(
+        next(iter(sorted(Path(folders[1]).rglob("*.jpg")))).read_bytes()
+    )
+    run(grid_of((str(first),), methods=("linear",)), tmp_path / "out")
+    with pytest.raises(UsageError, match="flowers is not what the study was made with"):
+        run(grid_of((str(second),), methods=("linear",)), tmp_path / "out")
+
+
+def test_validation_is_taken_from_the_shots_even_where_the_set_has_its_own(split_photos):
+    grid = Grid(data=(str(split_photos),), methods=("linear",), seeds=(0,), base=TrainConfig(shots=5), search="coarse")
+    images = worker.open_cell(grid, str(split_photos), 0)
+    assert {split: len(samples) for split, samples in images.splits.items()} == {"train": 12, "val": 3, "test": 12}
+    assert all(sample.path.startswith("train/") for sample in images.splits["val"])
+    none = worker.open_cell(replace(grid, search="none"), str(split_photos), 0)
+    assert (len(none.splits["train"]), len(none.splits["val"])) == (15, 0)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
+        ({"base": TrainConfig(model="vit_basee", shots=5)}, ModelError, "unknown model"),
+        ({"base": TrainConfig(targets=("nonsense",), shots=5)}, UsageError, "matches nothing"),
+        ({"base": TrainConfig(head_init="text", shots=5)}, ModelError, "no CLIP image tower"),
         ({"methods": ("lora", "lorra")}, UsageError, "unknown method 'lorra'; did you mean lora"),
         ({"methods": ("lora", "lora")}, UsageError, "is there twice"),
         ({"data": ("nowhere",)}, DataError, "nowhere"),

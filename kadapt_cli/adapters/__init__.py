@@ -9,7 +9,7 @@ A method is a module with
     UNMERGED    why it cannot be folded into plain weights; empty when it can
     resolve     check its options and fill in what was not given
     inject      put its trainable tensors into the model
-    merge       fold them into the backbone's state dict
+    merge       fold them into the backbone's state dict; only where UNMERGED is empty
 
 `METHODS` names them all. The segments given to a method are what --targets chose; methods that work on whole blocks
 take the blocks of these segments.
@@ -59,7 +59,8 @@ METHODS: dict[str, ModuleType] = {
     "ssf": ssf,
 }
 WEIGHT_DECAY = 1e-4
-SPECIFIC = ("terms", "rank", "width", "scale")  # options of TrainConfig that only some methods take
+# Options that only some methods take, and their value when they are not given.
+SPECIFIC = {"terms": None, "rank": None, "width": None, "scale": None, "rule": "factored", "backend": "auto"}
 
 
 class Head(nn.Module):
@@ -87,7 +88,7 @@ class Head(nn.Module):
 
         "means": the weight of a class is γ times its mean standardised feature m_c, the bias -γ|m_c|²/2: the nearest
         class mean wins. With γ = 0.1/√D the logits stay small, so that training decides how far to trust them.
-        Multi-label data: the bias is the log odds of the class instead.
+        Multi-label data: the bias is always the log odds of the class, at the mean feature.
         "zero": no logits at first; the adapter then gets no gradient in the first step.
         "text": the logits are x · `text` over the features' mean length: a CLIP tower's zero-shot answer.
 
@@ -108,13 +109,14 @@ class Head(nn.Module):
                 assert text is not None
                 weight = text.to(self.weight) / features.norm(dim=1).mean().to(self.weight)
                 self.weight.copy_(weight * self.std)
-                self.bias.copy_(weight @ self.mean)
+                if labels.dim() == 1:
+                    self.bias.copy_(weight @ self.mean)
             elif init == "means":
                 for c in member.any(0).nonzero()[:, 0].tolist():
                     mean = standard[member[:, c]].mean(0)
                     self.weight[c] = mean * scale
                     self.bias[c] = -0.5 * scale * mean.square().sum()
-            if init != "text" and labels.dim() == 2:
+            if labels.dim() == 2:
                 odds = (member.sum(0) + 1) / (len(member) - member.sum(0) + 1)
                 self.bias.copy_(odds.log())
 
@@ -180,9 +182,11 @@ def adapt(backbone: Backbone, config: TrainConfig, classes: int) -> Adapted:
     """Put the configured method's adapter and a zero head on a backbone, which is changed in place."""
     how = method(config.method)
     for option in SPECIFIC:
-        if getattr(config, option) is not None and option not in how.OPTIONS:
+        if getattr(config, option) != SPECIFIC[option] and option not in how.OPTIONS:
             takes = ", ".join(f"--{name}" for name in how.OPTIONS) or "none of these"
             raise UsageError(f"--{option}: {config.method} has no such option; it takes {takes}")
+    if how.LR is None and config.lr is not None:
+        raise UsageError(f"--lr: {config.method} has no learning rate; leave it out")
     chosen = select(segments(backbone.module), config.targets)
     config = how.resolve(config, chosen)
     decay = WEIGHT_DECAY if config.weight_decay is None else config.weight_decay

@@ -9,14 +9,14 @@ up starts at zero, so the model starts as it was; from the second step on everyt
 Source: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.errors import ModelError, UsageError
+from kadapt_cli.errors import ModelError
 from kadapt_cli.models import Segment
 
 SUMMARY = "a bottleneck with a ReLU after the MLP of every block"
@@ -83,10 +83,3 @@ def after_mlp(
         place.mlp = nn.Sequential(mlp, new)
         parameters |= {f"blocks.{block}.{name}.{key}": parameter for key, parameter in new.named_parameters()}
     return parameters
-
-
-def merge(
-    state: dict[str, Tensor], tensors: Mapping[str, Tensor], segments: Sequence[Segment], config: TrainConfig
-) -> None:
-    """Raises `UsageError`: see UNMERGED."""
-    raise UsageError(f"{config.method} cannot be merged: {UNMERGED}")

@@ -13,7 +13,7 @@ h to the output: 4·K + 16·rows multiply-adds a token for a layer of K columns.
 Source: Mahabadi et al., "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", NeurIPS 2021.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -89,10 +89,3 @@ def inject(model: nn.Module, segments: Sequence[Segment], config: TrainConfig) -
     rule = nn.Parameter(torch.randn(RULES, RULES, RULES, generator=generator) / RULES)
     own = after_mlp(model, segments, "compacter", lambda features: KronBottleneck(rule, features, width, generator))
     return {"rule": rule} | {name: parameter for name, parameter in own.items() if parameter is not rule}
-
-
-def merge(
-    state: dict[str, Tensor], tensors: Mapping[str, Tensor], segments: Sequence[Segment], config: TrainConfig
-) -> None:
-    """Raises `UsageError`: see UNMERGED."""
-    raise UsageError(f"{config.method} cannot be merged: {UNMERGED}")

@@ -30,7 +30,7 @@ from kadapt_kernels import FUSED_RANK, KronFactors, divisors, kron_delta, kron_l
 SUMMARY = "Kronecker updates A ⊗ (u vᵀ) on q and v, A shared by all blocks, and a bias a block"
 FORMULA = "2·2·T·S + L·(2·2·d·r + d)"
 LR = 4e-3
-OPTIONS = ("terms", "rank", "scale")
+OPTIONS = ("terms", "rank", "scale", "rule", "backend")
 UNMERGED = ""
 
 MAX_TERMS = 32

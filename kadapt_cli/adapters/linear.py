@@ -24,8 +24,9 @@ MAX_STEPS = 1000
 
 
 def resolve(config: TrainConfig, segments: Sequence[Segment]) -> TrainConfig:
-    """The configuration with the weight decay filled in where it was not given."""
-    return config if config.weight_decay is not None else config.model_copy(update={"weight_decay": WEIGHT_DECAY})
+    """The configuration with one epoch, and the weight decay filled in where it was not given."""
+    decay = WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
+    return config.model_copy(update={"weight_decay": decay, "epochs": 1})
 
 
 def inject(model: nn.Module, segments: Sequence[Segment], config: TrainConfig) -> dict[str, nn.Parameter]:

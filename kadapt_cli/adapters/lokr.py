@@ -25,7 +25,7 @@ from kadapt_kernels import KronFactors, divisors, kron_delta
 SUMMARY = "one Kronecker update W1 ⊗ (u vᵀ) on each q and v, nothing shared"
 FORMULA = "L·2·(S² + 2·r·d/S), S ≤ √d"
 LR = 2e-3
-OPTIONS = ("rank", "scale")
+OPTIONS = ("rank", "scale", "backend")
 UNMERGED = ""
 
 

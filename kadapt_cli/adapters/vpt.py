@@ -9,7 +9,7 @@ image: rotary embeddings leave them alone and relative position biases are zero 
 Source: Jia et al., "Visual Prompt Tuning", ECCV 2022.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.errors import UsageError
 from kadapt_cli.models import Segment
 
 SUMMARY = "prompt tokens that enter each block"
@@ -70,17 +69,6 @@ def inject(model: nn.Module, segments: Sequence[Segment], config: TrainConfig) -
         chosen[f"blocks.{index}.prompts"] = nn.Parameter(values)
         blocks[index] = Prompted(blocks[index], chosen[f"blocks.{index}.prompts"])
     return chosen
-
-
-def merge(
-    state: dict[str, Tensor], tensors: Mapping[str, Tensor], segments: Sequence[Segment], config: TrainConfig
-) -> None:
-    """Not possible.
-
-    Raises:
-        UsageError: Always.
-    """
-    raise UsageError(f"vpt cannot be merged: {UNMERGED}; use the run folder")
 
 
 def _padded_bias(attention: Any, width: int) -> Tensor:

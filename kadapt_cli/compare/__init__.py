@@ -6,11 +6,13 @@ at once. What is finished is in a study, so that a comparison can be stopped, co
 and seeds, and shared between processes.
 """
 
+import copy
 import json
 import multiprocessing
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -20,19 +22,30 @@ import torch
 from rich.console import Console, RenderableType
 
 from kadapt_cli import __version__, runs
-from kadapt_cli.adapters import method
+from kadapt_cli.adapters import adapt, method
 from kadapt_cli.compare import page, summary
 from kadapt_cli.compare.grid import Grid, label
+from kadapt_cli.compare.search import import_optuna
 from kadapt_cli.compare.study import Record, Study, open_study
-from kadapt_cli.compare.worker import Worker
-from kadapt_cli.data import open_images
-from kadapt_cli.errors import INTERRUPTED, TERMINATED, InterruptedRunError, KadaptError, MachineError, UsageError
+from kadapt_cli.compare.worker import Worker, digest_of, open_cell
+from kadapt_cli.data import ImageSet
+from kadapt_cli.errors import (
+    INTERRUPTED,
+    TERMINATED,
+    CheckFailedError,
+    InterruptedRunError,
+    KadaptError,
+    MachineError,
+    UsageError,
+)
+from kadapt_cli.evaluate import load_backbone
+from kadapt_cli.models import Backbone
 from kadapt_cli.progress import Display, print_line
-from kadapt_cli.session import choose_metric
+from kadapt_cli.session import Material, text_start
 
 __all__ = ["CSV", "JSON", "PAGE", "Comparison", "Grid", "compare", "results", "write"]
 
-CSV, JSON, PAGE = "comparison.csv", "comparison.json", "comparison.html"
+CSV, JSON, PAGE, PICTURE = "comparison.csv", "comparison.json", "comparison.html", "comparison.svg"
 
 
 class Comparison(NamedTuple):
@@ -58,13 +71,18 @@ def compare(grid: Grid, out: Path, display: Display, *, storage: str | None, job
         DataError: A data set that cannot be used.
         InterruptedRunError: Stopped; what is finished is kept.
     """
-    _check(grid)
-    study = open_study(out, storage, grid.settings())
+    began = time.perf_counter()
+    backbone = load_backbone(grid.base)
+    drawn = _check(grid, backbone)
+    study = open_study(out, storage, grid.settings(backbone))
+    _check_images(study, drawn, grid.seeds[0])
     display.say(f"{len(grid.data)} data sets × {len(grid.methods)} methods × {len(grid.seeds)} seeds; {grid.budget()}")
-    began, before = time.perf_counter(), len(study.records())
+    if grid.select == "test-best":
+        display.say("WARNING: --select test-best takes the best epoch on the test images: no honest estimate")
+    before = len(study.records())
     try:
         if jobs == 1:
-            Worker(grid, study, display).work()
+            Worker(grid, study, display, backbone).work()
         else:
             _work_in_processes(grid, out, storage, jobs)
     except InterruptedRunError as error:
@@ -76,19 +94,23 @@ def compare(grid: Grid, out: Path, display: Display, *, storage: str | None, job
     if fresh and storage is None:
         share = 1 - sum(r["busy_s"] for r in fresh) / (jobs * (time.perf_counter() - began))
         display.say(f"{share:.1%} of the time went into other things than training and measuring")
-    return write(grid, study, out, m0)
+    found = write(grid, study, out, m0, grid.settings(backbone))
+    if not found.document["rows"]:
+        raise CheckFailedError(f"every run failed; the first: {found.document['failures'][0]['reason']}")
+    return found
 
 
-def write(grid: Grid, study: Study, out: Path, m0: float) -> Comparison:
-    """Write comparison.csv, .json and .html from what a study holds of the grid."""
+def write(grid: Grid, study: Study, out: Path, m0: float, settings: Record) -> Comparison:
+    """Write comparison.csv, .json, .html and .svg from what a study holds of the grid."""
     rows, failures = results(grid, study)
-    document = summary.document(rows, failures, m0)
+    document = summary.document(rows, failures, m0) | {"select": grid.select}
     setting = {"kadapt": __version__, "torch": torch.__version__, "seeds": ", ".join(map(str, grid.seeds))}
-    setting |= {key: str(value) for key, value in grid.settings().items() if value is not None}
+    setting |= {key: str(value) for key, value in settings.items() if value is not None}
     out.mkdir(parents=True, exist_ok=True)
     runs.commit(out / CSV, summary.comparison_csv(rows, failures))
     runs.commit(out / JSON, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     runs.commit(out / PAGE, page.page(rows, failures, m0=m0, title="Comparison of adaptation methods", setting=setting))
+    runs.commit(out / PICTURE, page.pareto_svg(rows, m0))
     return Comparison(document, summary.show(rows, failures, m0))
 
 
@@ -97,22 +119,40 @@ def results(grid: Grid, study: Study) -> tuple[list[Record], list[Record]]:
     order = {(label(cell.data), cell.method, cell.seed): place for place, cell in enumerate(grid.cells())}
     keyed = [(order.get((r["data"], r["method"], r["seed"]), -1), r) for r in study.records()]
     mine = [record for place, record in sorted(keyed, key=lambda pair: pair[0]) if place >= 0]
-    return [r for r in mine if r["kind"] == "final"], [r for r in mine if r["kind"] == "failure"]
+    newest = {(r["data"], r["method"], r["seed"], r["trial"]): r for r in mine}.values()
+    return [r for r in newest if r["kind"] == "final"], [r for r in newest if r["kind"] == "failure"]
 
 
-def _check(grid: Grid) -> None:
-    """Whatever can be known to be wrong before the first run is said now."""
-    for name in grid.methods:
-        method(name)
+def _check(grid: Grid, backbone: Backbone) -> dict[str, ImageSet]:
+    """Whatever can be known to be wrong before the first run is said now; returns the images of the first seed."""
+    if grid.search == "optuna":
+        import_optuna()
     names = [label(data) for data in grid.data]
     for what, values in (("--data", names), ("--method", grid.methods), ("--seeds", grid.seeds)):
         if len(set(values)) < len(values):
             raise UsageError(f"{what}: one of {', '.join(map(str, values))} is there twice; give each name once")
+    for name in grid.methods:
+        method(name)
+    drawn = {}
     for data in grid.data:
-        images = open_images(data, shots=grid.base.shots, seed=grid.seeds[0], skip_bad=grid.base.skip_bad)
-        choose_metric(images, grid.base.metric)
+        drawn[label(data)] = images = open_cell(grid, data, grid.seeds[0])
         if not images.splits["test"]:
             raise UsageError(f"--data: {data} leaves no test images; draw fewer with --shots")
+        text_start(grid.base, Material(images, backbone))
+    for name in grid.methods:
+        adapt(copy.deepcopy(backbone), grid.base.model_copy(update={"method": name}), 2)
+    return drawn
+
+
+def _check_images(study: Study, drawn: Mapping[str, ImageSet], seed: int) -> None:
+    """The study's records are of these images."""
+    for record in study.records():
+        images = drawn.get(record["data"])
+        if images is not None and record["seed"] == seed and record["images"] != digest_of(images):
+            raise UsageError(
+                f"--data: {record['data']} is not what the study was made with: images were added, removed or changed, "
+                "or it is another folder of that name; put them back, or use another --out"
+            )
 
 
 def _work_in_processes(grid: Grid, out: Path, storage: str | None, jobs: int) -> None:
@@ -120,7 +160,7 @@ def _work_in_processes(grid: Grid, out: Path, storage: str | None, jobs: int) ->
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // jobs)
     workers: list[BaseProcess] = [
-        context.Process(target=_worker, args=(grid, out, storage, threads), daemon=True) for _ in range(jobs)
+        context.Process(target=_worker, args=(grid, out, storage, threads)) for _ in range(jobs)
     ]
     asked: list[int] = []
 
@@ -151,7 +191,9 @@ def _worker(grid: Grid, out: Path, storage: str | None, threads: int) -> None:
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        Worker(grid, open_study(out, storage, grid.settings()), Display(Console(stderr=True))).work()
+        backbone = load_backbone(grid.base)
+        study = open_study(out, storage, grid.settings(backbone))
+        Worker(grid, study, Display(Console(stderr=True)), backbone).work()
     except KadaptError as error:
         if not isinstance(error, InterruptedRunError):
             print_line(Console(stderr=True), f"kadapt: {error}")

@@ -9,6 +9,9 @@ from kadapt_cli.adapters import method
 from kadapt_cli.catalog import is_named
 from kadapt_cli.compare.search import BUDGETS, Search, coarse, faithful, none, tpe
 from kadapt_cli.config import TrainConfig
+from kadapt_cli.evaluate import choose_device
+from kadapt_cli.models import Backbone
+from kadapt_cli.session import precision_of
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,20 @@ class Grid:
         """All cells, those on the same images together."""
         return [Cell(*key) for key in product(self.data, self.seeds, self.methods)]
 
-    def settings(self) -> dict[str, Any]:
-        """What decides the result of a cell: a study holds cells of one such record."""
-        shared = self.base.model_dump(exclude={"data", "method", "seed", "lr", "weight_decay", "val", "save_every"})
+    def settings(self, backbone: Backbone) -> dict[str, Any]:
+        """What decides the result of a cell, beside its images: a study holds cells of one such record."""
+        shared = self.base.model_dump(
+            exclude={"data", "method", "seed", "lr", "weight_decay", "val", "save_every", "weights", "pretrained"}
+        )
         fixed = {f"{key}": list(value) if isinstance(value, tuple) else value for key, value in shared.items()}
         trials = {"trials": self.trials} if self.search == "optuna" else {}
         pool = (
             {"pool": [label(data) for data in self.data], "pool_seed": self.seeds[0]} if self.select == "pooled" else {}
         )
-        own = {"search": self.search, "search_epochs": self.search_epochs, "select": self.select}
+        device = choose_device(self.base.device)
+        own: dict[str, Any] = {"search": self.search, "search_epochs": self.search_epochs, "select": self.select}
+        own |= {"backbone": backbone.digest[:16], "device": device.type}
+        own |= {"precision": str(precision_of(self.base.precision, device)).removeprefix("torch.")}
         return fixed | trials | pool | own
 
     def searched(self, cell: "Cell") -> list["Cell"]:

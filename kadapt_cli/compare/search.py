@@ -4,11 +4,15 @@ A search is a generator that yields (learning rate, weight decay) and is sent th
 replayed from what a study holds. A value is (validation score, -validation loss); the loss decides between equal
 scores, which a handful of validation images gives often. A failed trial has the value `FAILED`.
 
-The linear probe has no learning rate (None) and gets as many decays instead.
+The linear probe has no learning rate (None). The coarse search gives it as many decays instead; ELEVATER's gives it the
+decays of one rate.
 """
 
 import math
 from collections.abc import Generator, Sequence
+from typing import Any
+
+from kadapt_cli.errors import UsageError
 
 Settings = tuple[float | None, float]
 Value = tuple[float, float]
@@ -54,14 +58,22 @@ def none() -> Search:
     yield from ()
 
 
+def import_optuna() -> Any:
+    """Optuna, quiet; `UsageError` with the line that installs it when it is not there."""
+    try:
+        import optuna
+    except ImportError:
+        raise UsageError("Optuna is not installed; run: pip install 'kadapt[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
 def tpe(has_rate: bool, trials: int, seed: int) -> Search:
     """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011): rates 1e-5 to 1e-1, decays 1e-6 to 1.
 
     Where there is no rate, decays go to 100.
     """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna = import_optuna()
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
     for _ in range(trials):
         trial = study.ask()

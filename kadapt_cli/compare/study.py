@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
+from kadapt_cli.compare.search import import_optuna
 from kadapt_cli.errors import MachineError, UsageError
 
 Record = dict[str, Any]
@@ -59,7 +60,7 @@ def check_grid(where: str, stored: Record, grid: Record) -> None:
     differing = [key for key in stored.keys() | grid.keys() if stored.get(key) != grid.get(key)]
     if differing:
         texts = [f"{key} {stored.get(key)!r}, not {grid.get(key)!r}" for key in sorted(differing)]
-        raise UsageError(f"{where}: holds a study made with {'; '.join(texts)}; use these settings or another --out")
+        raise UsageError(f"{where}: holds a study made with {'; '.join(texts)}; use these settings, or another place")
 
 
 class FileStudy:
@@ -140,12 +141,8 @@ class OptunaStudy:
     """
 
     def __init__(self, storage: str, grid: Record) -> None:
-        try:
-            import optuna
-        except ImportError:
-            raise UsageError("--storage needs Optuna; run: pip install 'kadapt[search]'") from None
-        self.optuna = optuna
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.optuna = optuna = import_optuna()
+        self.parsed: dict[int, Record] = {}
         path = storage.removeprefix("journal:") if "://" not in storage else None
         try:
             if path is not None:
@@ -167,8 +164,10 @@ class OptunaStudy:
 
     def records(self) -> list[Record]:
         """The records of all finished trials."""
-        trials = self.study.get_trials(deepcopy=False)
-        return [json.loads(t.user_attrs["record"]) for t in trials if "record" in t.user_attrs]
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.number not in self.parsed and "record" in trial.user_attrs:
+                self.parsed[trial.number] = json.loads(trial.user_attrs["record"])
+        return [self.parsed[number] for number in sorted(self.parsed)]
 
     def add(self, record: Record) -> None:
         """Add a finished trial; its value is the record's score, where it has one."""
@@ -185,6 +184,9 @@ class OptunaStudy:
     @contextmanager
     def claim(self, key: str) -> Iterator[bool]:
         """A running trial; of several for one key the first that still beats has the claim."""
+        if self._claims(key):
+            yield False
+            return
         trial = self.study.ask()
         trial.set_user_attr("claim", key)
         trial.set_user_attr("beat", time.time())
@@ -213,7 +215,9 @@ class OptunaStudy:
         until = time.time() + SETTLE_S
         while True:
             running = self.study.get_trials(deepcopy=False, states=(state,))
-            if time.time() > until or all("beat" in t.user_attrs for t in running):
+            silent = [t for t in running if "beat" not in t.user_attrs]
+            fresh = [t for t in silent if time.time() - t.datetime_start.timestamp() < SETTLE_S]
+            if time.time() > until or not fresh:
                 break
             time.sleep(0.05)
         alive = [t for t in running if time.time() - t.user_attrs.get("beat", 0) < STALE_S]

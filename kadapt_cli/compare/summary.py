@@ -26,7 +26,7 @@ from kadapt_cli.report import FORMULA_STARTS, new_table, plain
 JSON_ROW = ["data", "method", "shots", "seed", "accuracy", "trainable", "adapter", "lr", "weight_decay", "trials"]
 JSON_FAILURE = ["data", "method", "shots", "seed", "trial", "reason"]
 JSON_TABLE = ["method", "mean", "std", "trainable", "pe"]
-CSV_COLUMNS = [*JSON_ROW[:4], "metric", *JSON_ROW[4:], "val", "time_s", "peak_bytes", "trial", "reason"]
+CSV_COLUMNS = [*JSON_ROW[:4], "metric", *JSON_ROW[4:], "val", "time_s", "peak_bytes", "select", "trial", "reason"]
 MAX_FAILURES = 20
 INTERVAL = ("difference", "low", "high")
 MAX_HEADER = 24  # characters of a data set's name above its column: three lines of eight

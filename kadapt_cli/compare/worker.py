@@ -1,5 +1,6 @@
 """One process that fills the cells of a comparison."""
 
+import hashlib
 import itertools
 import multiprocessing
 import time
@@ -12,11 +13,11 @@ from kadapt_cli import metrics
 from kadapt_cli.compare import search
 from kadapt_cli.compare.grid import Cell, Grid, label
 from kadapt_cli.compare.study import Record, Study
-from kadapt_cli.data import merged, open_images
+from kadapt_cli.data import ImageSet, manifest_csv, merged, open_images
 from kadapt_cli.errors import TERMINATED, InterruptedRunError, KadaptError, MachineError
-from kadapt_cli.evaluate import load_backbone, logits
+from kadapt_cli.evaluate import logits
 from kadapt_cli.models import Backbone
-from kadapt_cli.progress import Display, duration
+from kadapt_cli.progress import Display
 from kadapt_cli.session import Material, Session, choose_metric, prepare
 from kadapt_cli.train import costs, fit, forget_peak
 
@@ -26,16 +27,15 @@ WAIT_S = 1.0
 class Worker:
     """Fills cells until all are done, and keeps what cells on the same images share."""
 
-    def __init__(self, grid: Grid, study: Study, display: Display) -> None:
+    def __init__(self, grid: Grid, study: Study, display: Display, backbone: Backbone) -> None:
         self.grid = grid
         self.study = study
         self.display = display
         self.quiet = Display(Console(stderr=True), quiet=True)
-        self.backbone: Backbone | None = None
+        self.backbone = backbone
+        self.before = len(study.records())
         self.opened: tuple[str, int] | None = None
         self.materials: tuple[Material, Material]
-        self.started = time.perf_counter()
-        self.filled = 0
 
     def work(self) -> None:
         """Fill all cells that nobody else claims; wait for those that somebody does."""
@@ -46,12 +46,17 @@ class Worker:
                 with self.study.claim(str(cell)) as mine:
                     if mine and (self._is_done(cell) or self._fill(cell)):
                         left.remove(cell)
-                        self._say_left(cell, len(left))
+                        self.display.say(f"{len(left)} of {len(self.grid.cells())} cells left")
             if len(left) == before:
                 time.sleep(WAIT_S)
 
     def _is_done(self, cell: Cell) -> bool:
-        return any(r["trial"] is None for r in self._records(cell))
+        """Whether the final run is there; one that failed in an earlier comparison is tried again."""
+        key = key_of(cell)
+        recent = self.study.records()[self.before :]
+        return any(r["kind"] == "final" for r in self._records(cell)) or any(
+            r["trial"] is None and (r["data"], r["method"], r["seed"]) == key for r in recent
+        )
 
     def _fill(self, cell: Cell) -> bool:
         """Do what is left of a cell; False when it has to wait for the trials of other cells."""
@@ -63,7 +68,7 @@ class Worker:
         return True
 
     def _records(self, cell: Cell) -> list[Record]:
-        key = (label(cell.data), cell.method, cell.seed)
+        key = key_of(cell)
         return [r for r in self.study.records() if (r["data"], r["method"], r["seed"]) == key]
 
     def _trials(self, cell: Cell) -> list[Record]:
@@ -80,7 +85,7 @@ class Worker:
 
         def run() -> Record:
             session, busy_s = self._fitted(cell, settings, self.grid.search_epochs, self._material(cell)[0])
-            last = session.history[-1]
+            last = [row for row in session.history if row["kept"]][-1]
             self.display.say(f"{cell}: trial {number + 1}, {_words(settings)}: validation {last['val_accuracy']:.1%}")
             return {"score": last["val_accuracy"], "loss": last["val_loss"], "busy_s": busy_s}
 
@@ -113,6 +118,7 @@ class Worker:
                 "weight_decay": session.config.weight_decay,
                 "trials": len(trials) // len(self.grid.searched(cell)),
                 "val": best["score"] if best else None,
+                "select": self.grid.select,
                 "peak_bytes": costs(session)["peak_bytes"],
                 "busy_s": busy_s,
             }
@@ -124,8 +130,9 @@ class Worker:
         parent = multiprocessing.parent_process()
         if parent is not None and not parent.is_alive():
             raise InterruptedRunError("the comparison was killed", TERMINATED)
+        images = self._material(cell)[0].images
+        head = head | {"data": label(cell.data), "method": cell.method, "seed": cell.seed, "images": digest_of(images)}
         began = time.perf_counter()
-        head = head | {"data": label(cell.data), "method": cell.method, "seed": cell.seed}
         try:
             found = run()
         except InterruptedRunError:
@@ -141,11 +148,10 @@ class Worker:
     ) -> tuple[Session, float]:
         """A trained run of a cell and the seconds that training took; settings None are the method's own."""
         changes: dict[str, Any] = {"data": cell.data, "method": cell.method, "seed": cell.seed, "epochs": epochs}
+        changes |= {"patience": epochs}  # every run has all its epochs
         if settings is not None:
             changes |= {"lr": settings[0], "weight_decay": settings[1]}
         session = prepare(self.grid.base.model_copy(update=changes), None, self.quiet, material=material)
-        if self.grid.select == "test-best" and not material.images.splits["val"]:
-            session.val = material.plain("test")
         began = time.perf_counter()
         fit(session, self.quiet)
         return session, time.perf_counter() - began
@@ -164,19 +170,31 @@ class Worker:
     def _material(self, cell: Cell) -> tuple[Material, Material]:
         """Images and backbone of a cell for the search and for the final run; opened again when the images change."""
         if self.opened != (cell.data, cell.seed):
-            base = self.grid.base
-            self.backbone = self.backbone or load_backbone(base)
-            images = open_images(cell.data, shots=base.shots, seed=cell.seed, skip_bad=base.skip_bad)
-            choose_metric(images, base.metric)
-            self.materials = (Material(images, self.backbone), Material(merged(images), self.backbone))
+            images = open_cell(self.grid, cell.data, cell.seed)
+            final = merged(images)
+            if self.grid.select == "test-best":
+                final.splits["val"] = final.splits["test"]
+            self.materials = (Material(images, self.backbone), Material(final, self.backbone))
             self.opened = (cell.data, cell.seed)
         return self.materials
 
-    def _say_left(self, cell: Cell, left: int) -> None:
-        """How far the grid is, after a cell that this worker filled."""
-        self.filled += 1
-        each = (time.perf_counter() - self.started) / self.filled
-        self.display.say(f"{left} cells left, about {duration(each * left)} with one worker")
+
+def open_cell(grid: Grid, data: str, seed: int) -> ImageSet:
+    """A cell's images. Validation is part of the shots, whatever else the set has; without search there is none."""
+    val = "none" if grid.search == "none" else "auto" if grid.base.shots is None else "drawn"
+    images = open_images(data, shots=grid.base.shots, seed=seed, val=val, skip_bad=grid.base.skip_bad)
+    choose_metric(images, grid.base.metric)
+    return images
+
+
+def digest_of(images: ImageSet) -> str:
+    """What tells one draw of images from another: of every path, class, split and content."""
+    return hashlib.sha256(manifest_csv(images).encode()).hexdigest()[:16]
+
+
+def key_of(cell: Cell) -> tuple[str, str, int]:
+    """How a cell's records name it."""
+    return label(cell.data), cell.method, cell.seed
 
 
 def _value(record: Record) -> search.Value:
