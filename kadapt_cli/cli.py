@@ -230,7 +230,7 @@ def compare(
     data: Annotated[list[str], typer.Option(help="A data set as 'kadapt train' takes it; once for each.")],
     method: Annotated[list[str] | None, typer.Option(help="A method; once for each. \\[default: all]")] = None,
     model: Annotated[str | None, _option("model")] = None,
-    shots: Annotated[int | None, _option("shots")] = 5,
+    shots: Annotated[int, typer.Option(min=1, help="Training images drawn a class, validation included.")] = 5,
     full_shot: Annotated[bool, typer.Option("--full-shot", help="All training images instead of --shots.")] = False,
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
     search: Annotated[
@@ -399,13 +399,13 @@ def data_list(as_json: JsonFlag = False) -> None:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for header in ("name", "classes", "train", "val", "test"):
         table.add_column(header, justify="left" if header == "name" else "right", no_wrap=True)
-    for header in ("metric", "from", "here"):
+    for header in ("metric", "from"):
         table.add_column(header, no_wrap=True)
+    ways = {"torchvision": "download", "Hugging": "hf extra", "by": "by hand"}
     for row in rows:
         counts = [f"{row[key]:,}" if row[key] else "–" for key in ("classes", "train", "val", "test")]
-        table.add_row(
-            row["name"], *counts, row["metric"], row["obtained"].split()[0], "yes" if row["present"] else "no"
-        )
+        way = "here" if row["present"] else ways[row["obtained"].split()[0]]
+        table.add_row(row["name"], *counts, row["metric"], way)
     console = Console()
     console.print(table, "")
     print_line(console, f"they live in {catalog.data_root()}, which KADAPT_DATA changes")

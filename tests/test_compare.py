@@ -19,7 +19,15 @@ from kadapt_cli.compare import search, worker
 from kadapt_cli.compare.grid import Grid
 from kadapt_cli.compare.study import FileStudy, open_study
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.errors import CheckFailedError, DataError, DivergedError, KadaptError, ModelError, UsageError
+from kadapt_cli.errors import (
+    CheckFailedError,
+    DataError,
+    DivergedError,
+    KadaptError,
+    MachineError,
+    ModelError,
+    UsageError,
+)
 from kadapt_cli.progress import Display
 
 GRID = {"shots": 5, "search": "coarse"}
@@ -117,6 +125,17 @@ def test_a_study_of_another_grid_says_what_differs(open_again):
     open_again()
     with pytest.raises(UsageError, match="shots 5, not 10; use these settings, or another place"):
         open_again({"shots": 10, "search": "coarse"})
+
+
+def test_a_storage_out_of_reach_is_one_line_without_its_password(tmp_path):
+    pytest.importorskip("optuna", reason="needs the search extra")
+    with pytest.raises(MachineError, match="cannot be opened") as caught:
+        open_study(tmp_path, f"sqlite:///{tmp_path}/no/such/folder.db", GRID)
+    assert "check the path or URL" in str(caught.value)
+    with pytest.raises(MachineError) as caught:
+        open_study(tmp_path, "nonsense://me:secret@nowhere/db", GRID)
+    assert "nonsense://nowhere/db" in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_line_cut_by_a_kill_is_passed_over_and_the_next_is_whole(tmp_path):

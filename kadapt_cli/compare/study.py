@@ -7,6 +7,7 @@ on it, so that no two do the same. The claim of a process that was killed ends b
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -142,6 +143,9 @@ class OptunaStudy:
 
     def __init__(self, storage: str, grid: Record) -> None:
         self.optuna = optuna = import_optuna()
+        from sqlalchemy.exc import SQLAlchemyError  # Optuna brings it
+
+        where = "--storage: " + re.sub(r"//[^/@]*@", "//", storage)  # without user and password
         self.parsed: dict[int, Record] = {}
         path = storage.removeprefix("journal:") if "://" not in storage else None
         try:
@@ -155,12 +159,12 @@ class OptunaStudy:
             self.study = optuna.create_study(
                 storage=backend, study_name="kadapt-compare", load_if_exists=True, direction="maximize"
             )
-        except (OSError, ImportError, ValueError, optuna.exceptions.OptunaError, RuntimeError) as error:
+        except (OSError, ImportError, ValueError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise MachineError(f"--storage: {storage} cannot be opened ({reason}); check the path or URL") from None
+            raise MachineError(f"{where} cannot be opened ({reason}); check the path or URL") from None
         if "grid" not in self.study.user_attrs:
             self.study.set_user_attr("grid", grid)
-        check_grid(f"--storage: {storage}", dict(self.study.user_attrs["grid"]), json.loads(json.dumps(grid)))
+        check_grid(where, dict(self.study.user_attrs["grid"]), json.loads(json.dumps(grid)))
 
     def records(self) -> list[Record]:
         """The records of all finished trials."""
