@@ -46,7 +46,8 @@ class Worker:
                 with self.study.claim(str(cell)) as mine:
                     if mine and (self._is_done(cell) or self._fill(cell)):
                         left.remove(cell)
-                        self.display.say(f"{len(left)} of {len(self.grid.cells())} cells left")
+                        open_cells = sum(not self._is_done(other) for other in left)
+                        self.display.say(f"{open_cells} of {len(self.grid.cells())} cells left")
             if len(left) == before:
                 time.sleep(WAIT_S)
 
