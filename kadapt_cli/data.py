@@ -439,7 +439,8 @@ def open_images(
             f"{shown(source)}: two classes or more were expected, {shown(images.classes[0])} is the only one"
         )
     if shots == 1 and val != "none" and not has_val:
-        raise UsageError("shots: one image a class leaves none to train on beside validation; go without validation")
+        mend = "pass --val none" if val == "auto" else "give two or more, or --search none"
+        raise UsageError(f"shots: one image a class leaves none to train on beside validation; {mend}")
     where = shown(source)
     divide = partial(_divide, classes=images.classes, shots=shots, seed=seed, val=val, where=where)
     images = _complete(images, divide, skip_bad, cache_bytes)

@@ -45,9 +45,6 @@ def merge(path: Path, out: Path, *, dtype: str) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out: {out} already exists; give a new or empty folder")
     run = open_run(path)
-    why_not = method(run.config.method).UNMERGED
-    if why_not:
-        raise UsageError(f"{path}: {run.config.method} cannot be merged: {why_not}; use the run with kadapt predict")
     base = load_backbone(run.config).module.state_dict()  # anew: the run's model has its linears replaced
     state, loss = merged_state(run.adapted, base, DTYPES[dtype])
     _write(run, state, out)
@@ -79,11 +76,17 @@ def merged_state(adapted: Adapted, base: Mapping[str, Tensor], dtype: torch.dtyp
         adapted: The model with its trained adapter and head.
         base: The state dict of its backbone before it was adapted.
         dtype: Of the result.
+
+    Raises:
+        UsageError: The method is no change of plain weights.
     """
+    how = method(adapted.config.method)
+    if how.UNMERGED:
+        raise UsageError(f"{adapted.config.method} cannot be merged: {how.UNMERGED}; use the run with kadapt predict")
     before = {key: t.to(torch.float64, copy=True) if t.is_floating_point() else t for key, t in base.items()}
     state = {key: t.clone() for key, t in before.items()}
     tensors = {name: parameter.detach().cpu() for name, parameter in adapted.adapter.items()}
-    method(adapted.config.method).merge(state, tensors, adapted.segments, adapted.config)
+    how.merge(state, tensors, adapted.segments, adapted.config)
     lost, whole = 0.0, 0.0
     for key, tensor in state.items():
         if tensor.is_floating_point():

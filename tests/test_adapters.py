@@ -222,7 +222,7 @@ def test_terms_and_scale_are_filled_in():
     available = segments(load("vit32").module)
     resolved = kadaptation.resolve(TrainConfig(), available)
     assert (resolved.terms, resolved.scale) == (32, pytest.approx(14 / 192**0.5))
-    given = TrainConfig(terms=16, scale=0.5)
+    given = TrainConfig(terms=16, rank=1, scale=0.5)
     assert kadaptation.resolve(given, available) == given
     with pytest.raises(UsageError, match=r"--terms: T must divide the width 192, but 5 was given; choose from \[1, 2"):
         kadaptation.resolve(TrainConfig(terms=5), available)

@@ -247,7 +247,7 @@ WRONG = [
     (["--shots", "0"], 2, ["--shots", "greater than or equal to 1", "0"]),
     (["--lr", "-1"], 2, ["--lr", "greater than 0"]),
     (["--lr", "nan"], 2, ["--lr", "finite"]),
-    (["--method", "lorra"], 2, ["--method", "kadaptation"]),
+    (["--method", "lorra"], 2, ["--method", "lora"]),
     (["--targets", "mlp"], 2, ["--targets", "'mlp' matches nothing", "k, q, v"]),
     (["--targets", ""], 2, ["--targets"]),
     (["--terms", "5"], 2, ["--terms", "192", "[1, 2, 3, 4, 6, 8"]),

@@ -85,7 +85,8 @@ def test_run_folder(finished, photos):
     assert counts["live"] == counts["trainable"]
     assert counts["backbone"] == 2_691_648
     assert [row["epoch"] for row in read_metrics(out)] == ["1", "2", "3", "4"]
-    assert set(result["metrics"]["test"]) == {"accuracy", "balanced_accuracy"}
+    assert set(result["metrics"]["test"]) == {"accuracy", "balanced_accuracy", "metric", "score"}
+    assert result["metrics"]["test"]["score"] == result["metrics"]["test"]["accuracy"]
     ET.parse(out / "curves.svg")
     info = json.loads((out / "adapter.json").read_text())
     assert info["classes"] == ["daisy", "rose", "tulip"]
@@ -222,7 +223,7 @@ def test_micro_batches_give_the_same_gradient(photos, tmp_path):
     parts = training.prepare(config_for(photos, micro_batch=3), tmp_path / "b", quiet())
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 3
     for session in (whole, parts):
-        training._gradients(session, images, labels)
+        training._gradients(session, images, labels, len(labels))
     for name, parameter in whole.parameters.items():
         torch.testing.assert_close(parts.parameters[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
 
@@ -231,11 +232,11 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(finished, phot
     """An allocator that refuses more than 3 images at a time: the run succeeds, in micro-batches of 2."""
     seen = []
 
-    def refusing(session, images, labels):
+    def refusing(session, images, labels, batch):
         if session.micro > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         seen.append(len(labels))
-        return real(session, images, labels)
+        return real(session, images, labels, batch)
 
     real = training._gradients
     monkeypatch.setattr(training, "_gradients", refusing)
@@ -246,7 +247,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(finished, phot
 
 
 def test_out_of_memory_with_one_image_is_an_error_of_the_machine(photos, tmp_path, monkeypatch):
-    def refusing(session, images, labels):
+    def refusing(session, images, labels, batch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(training, "_gradients", refusing)
@@ -258,9 +259,9 @@ def test_out_of_memory_with_one_image_is_an_error_of_the_machine(photos, tmp_pat
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(photos, tmp_path, monkeypatch):
     real = training._gradients
 
-    def poisoned(session, images, labels):
-        loss, right = real(session, images, labels)
-        return (loss * float("nan"), right) if session.step == 4 else (loss, right)
+    def poisoned(session, images, labels, batch):
+        sums = real(session, images, labels, batch)
+        return sums * float("nan") if session.step == 4 else sums
 
     monkeypatch.setattr(training, "_gradients", poisoned)
     with pytest.raises(DivergedError, match=r"not finite at step 5 with learning rate .*; try --lr ") as caught:
