@@ -27,7 +27,8 @@ class Grid:
         search_epochs: Epochs of a trial.
         trials: Of Optuna's search.
         select: "validation" takes the best trial of the cell; "pooled" one setting a method, the best on average over
-            the data sets with the first seed, the only one that is searched; "test-best" is "validation" but reports
+            the data sets with the first seed, the only one that is searched, of the settings that all of them tried
+            (not coarse's last, which depends on the data set); "test-best" is "validation" but reports
             the best epoch on the test images, as some benchmarks do.
     """
 
