@@ -346,7 +346,8 @@ def test_fewer_images_than_shots(photos: Path) -> None:
 def test_wrong_choices_are_usage_errors(photos: Path) -> None:
     assert "pass --val none" in refused(lambda: open_images(str(photos), shots=1), exit_code=2)
     assert "1 or more was expected, 0 given" in refused(lambda: open_images(str(photos), shots=0), exit_code=2)
-    assert "'auto', 'drawn' or 'none' was expected" in refused(lambda: open_images(str(photos), val="some"), exit_code=2)
+    wrong = refused(lambda: open_images(str(photos), val="some"), exit_code=2)
+    assert "'auto', 'drawn' or 'none' was expected" in wrong
     assert "'weak' given" in refused(lambda: make_transform(CONFIG, augment="weak"), exit_code=2)
 
 
