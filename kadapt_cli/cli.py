@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from kadapt_cli import __version__
 from kadapt_cli.config import TrainConfig, resolve
@@ -396,9 +394,9 @@ def data_list(as_json: JsonFlag = False) -> None:
     if as_json:
         _print_json({"schema_version": 1, "folder": str(catalog.data_root()), "sets": rows})
         return
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for header in ("name", "classes", "train", "val", "test"):
-        table.add_column(header, justify="left" if header == "name" else "right", no_wrap=True)
+    from kadapt_cli.report import new_table
+
+    table = new_table("name", "classes", "train", "val", "test")
     for header in ("metric", "from"):
         table.add_column(header, no_wrap=True)
     ways = {"torchvision": "download", "Hugging": "hf extra", "by": "by hand"}

@@ -69,6 +69,7 @@ def compare(grid: Grid, out: Path, display: Display, *, storage: str | None, job
     Raises:
         UsageError: An unknown method or data set, two data sets of one name, or a study of another grid.
         DataError: A data set that cannot be used.
+        CheckFailedError: Every run failed.
         InterruptedRunError: Stopped; what is finished is kept.
     """
     began = time.perf_counter()
