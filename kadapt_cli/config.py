@@ -55,7 +55,11 @@ class TrainConfig(BaseModel):
     )
     augment: Literal["none", "light", "strong"] = Field("light", description="Augmentation of the training images.")
     img_size: int | None = Field(None, ge=8, le=4096, description="Image size; the model's own when not given.")
-    targets: tuple[str, ...] = Field(("q", "v"), min_length=1, description="What to adapt: comma-separated globs.")
+    targets: tuple[str, ...] = Field(
+        ("q", "v"),
+        min_length=1,
+        description="What to adapt: comma-separated globs of q, k, v, proj, fc1, fc2, attn, mlp, blocks.N…",
+    )
     terms: int | None = Field(None, ge=1, description="T, Kronecker terms and side of A; up to 32 when not given.")
     rank: int | None = Field(
         None, ge=1, description="r, the rank of each block B_t = u_t v_tᵀ (1), of lora (4) or of lokr's block (4)."

@@ -34,6 +34,7 @@ HUB_TIMEOUT_S = 5.0
 # Entries of timm's configuration that locate weights, or that describe a classifier which is not kept.
 _DROPPED = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "label_names", "label_descriptions")
 _POSITION_TABLES = ("pos_embed", "relative_position_bias_table")
+_ATTENTION = ("q", "k", "v", "proj")
 # What timm raises for a folder, a configuration or tensors that do not fit together.
 _TIMM_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, OSError)
 # The hub's HTTP library changes with its version; the hub's own error always derives first from that library's base.
@@ -56,6 +57,11 @@ class Segment:
     in_features: int
     bias: str | None
     bias_start: int
+
+    @property
+    def group(self) -> str:
+        """What it belongs to: "attn" for q, k, v and proj, "mlp" for the rest."""
+        return "attn" if self.name in _ATTENTION else "mlp"
 
 
 @dataclass
@@ -133,7 +139,11 @@ def load(
 
 
 def segments(model: nn.Module) -> list[Segment]:
-    """Name the q, k and v row blocks of every transformer block, by block, then q, k, v.
+    """Name what can be adapted in every transformer block, by block, then q, k, v, proj and the MLP's linears.
+
+    q, k and v are row blocks of one layer or layers of their own. ``proj`` is the attention's output; a linear directly
+    in the MLP goes by its own name there (fc1 and fc2; fc1_g, fc1_x and fc2 with SwiGLU). Of these, what is missing or
+    no plain ``nn.Linear`` is left out.
 
     Raises:
         ModelError: The model has no list ``blocks``, or a block has no attention whose projections are understood.
@@ -151,8 +161,13 @@ def segments(model: nn.Module) -> list[Segment]:
                 f"{_architecture(model)}: block {index} has no attention with a linear qkv, or q_proj, k_proj and"
                 " v_proj; choose a plain vision transformer"
             )
-        found += parts
+        found += parts + _output_segments(index, block)
     return found
+
+
+def block_widths(model: nn.Module) -> dict[int, int]:
+    """Numbers a token has where it enters each block, by block; for a model not yet adapted. Errors as `segments`."""
+    return {segment.block: segment.in_features for segment in segments(model) if segment.name == "q"}
 
 
 def replace_linear(model: nn.Module, path: str, make: Callable[[Tensor, Tensor | None], nn.Module]) -> nn.Module:
@@ -458,6 +473,21 @@ def _attention_segments(block: int, attention: nn.Module | None) -> list[Segment
         if isinstance(own.get(f"{name}_bias"), nn.Parameter):
             bias = f"{path}.{name}_bias"
         found.append(Segment(block, name, f"{path}.{leaf}", start, start + rows, layer.in_features, bias, bias_start))
+    return found
+
+
+def _output_segments(block: int, module: nn.Module) -> list[Segment]:
+    """The attention's output layer and the layers of the MLP, all their rows each."""
+    layers = {"attn.proj": getattr(module.attn, "proj", None)}
+    mlp = getattr(module, "mlp", None)
+    if isinstance(mlp, nn.Module):
+        layers |= {f"mlp.{name}": child for name, child in mlp.named_children()}
+    found = []
+    for leaf, layer in layers.items():
+        if type(layer) is nn.Linear:
+            path, name = f"blocks.{block}.{leaf}", leaf.partition(".")[2]
+            bias = None if layer.bias is None else f"{path}.bias"
+            found.append(Segment(block, name, path, 0, layer.out_features, layer.in_features, bias, 0))
     return found
 
 

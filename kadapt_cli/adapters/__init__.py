@@ -3,7 +3,8 @@
 A method is a module with
 
     SUMMARY     what it trains, in a line
-    FORMULA     its trained parameters without the head; d width, L blocks, r rank, w width of the option, T = S terms
+    FORMULA     its trained parameters without the head, on q and v; d width, L blocks, r rank, w width of the option,
+                T = S terms
     LR          its learning rate when none is given
     OPTIONS     which of the options in `SPECIFIC` it takes
     UNMERGED    why it cannot be folded into plain weights; empty when it can
@@ -147,26 +148,34 @@ class Adapted:
 
 
 def select(available: Sequence[Segment], patterns: Sequence[str]) -> list[Segment]:
-    """The segments that a glob names: 'q' (every block's q), 'blocks.3.v', 'blocks.[0-5].*'.
+    """The segments that a glob names, in the order of the model.
+
+    A glob is tried on segments first: 'q' (every block's q), 'blocks.3.fc1', 'blocks.[0-5].*'. If it matches none, it
+    is tried on groups and blocks: 'mlp' (every block's), 'blocks.[0-2].attn', 'blocks.3' (all of block 3). A * stands
+    for any text, dots too: 'blocks.1*' is blocks 1, 10, 11 and so on.
 
     Raises:
         UsageError: A pattern that matches nothing; lists what there is.
     """
-    chosen = set()
+    chosen: set[Segment] = set()
     for pattern in patterns:
-        matches = [s for s in available if any(fnmatch.fnmatchcase(n, pattern) for n in (s.name, _full_name(s)))]
+        matches = [s for s in available if _matches(pattern, s.name, f"blocks.{s.block}.{s.name}")]
         if not matches:
-            names = sorted({s.name for s in available})
+            matches = [
+                s for s in available if _matches(pattern, s.group, f"blocks.{s.block}.{s.group}", f"blocks.{s.block}")
+            ]
+        if not matches:
+            names, groups = dict.fromkeys(s.name for s in available), dict.fromkeys(s.group for s in available)
             raise UsageError(
-                f"--targets: '{pattern}' matches nothing; this model has {', '.join(names)} "
-                f"in blocks 0 to {max(s.block for s in available)} (blocks.0.{names[0]}, …)"
+                f"--targets: '{pattern}' matches nothing; this model has {', '.join(names)} and the groups "
+                f"{', '.join(groups)} in blocks 0 to {max(s.block for s in available)} (blocks.0.q, blocks.0.attn, …)"
             )
         chosen.update(matches)
     return [s for s in available if s in chosen]
 
 
-def _full_name(segment: Segment) -> str:
-    return f"blocks.{segment.block}.{segment.name}"
+def _matches(pattern: str, *names: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
 def method(name: str) -> ModuleType:

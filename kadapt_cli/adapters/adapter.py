@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import ModelError
-from kadapt_cli.models import Segment
+from kadapt_cli.models import Segment, block_widths
 
 SUMMARY = "a bottleneck with a ReLU after the MLP of every block"
 FORMULA = "L·(2·d·w + 3·d + w)"
@@ -74,12 +74,13 @@ def after_mlp(
         ModelError: A block has no ``mlp``.
     """
     parameters: dict[str, nn.Parameter] = {}
-    for block, features in sorted({(segment.block, segment.in_features) for segment in segments}):
+    widths = block_widths(model)
+    for block in sorted({segment.block for segment in segments}):
         place = model.get_submodule(f"blocks.{block}")
         mlp = getattr(place, "mlp", None)
         if not isinstance(mlp, nn.Module):
             raise ModelError(f"{type(model).__name__}: block {block} has no module 'mlp'; choose a plain transformer")
-        new = make(features)
+        new = make(widths[block])
         place.mlp = nn.Sequential(mlp, new)
         parameters |= {f"blocks.{block}.{name}.{key}": parameter for key, parameter in new.named_parameters()}
     return parameters

@@ -1,7 +1,8 @@
 """Attention tuning: all weights and biases of the attention of the chosen blocks.
 
 On ViT-B/32 CLIP 12 blocks · (4·768² + 4·768) = 28,348,416 trained parameters. Norms inside the attention and BEiT's
-relative position tables belong to it; the norm before it, its layer scale and a pool after the blocks do not.
+relative position tables belong to it; the norm before it, its layer scale and a pool after the blocks do not. A block
+is chosen by any target in it: 'mlp' trains the same as 'q'.
 
 Source: Touvron et al., "Three things everyone should know about Vision Transformers", ECCV 2022.
 """

@@ -4,12 +4,17 @@ One rule (a, b) for all q segments and one for all v segments, each a single Par
 block and segment; one bias of the segments' width per block, added to q and v. On ViT-B (d = 768, T = S = 32, r = 1):
 2 rules · 2·32·32 + 12 blocks · (2 segments · 2·32·24 + 768) = 50,176 trained parameters.
 
+Every other segment has a rule too, one a name, but no bias: q and v alone have one. A segment's u and v are
+r·(rows + K) numbers, so --targets attn,mlp trains on the same ViT-B, with the common divisor T = 32 of 768 and 3072,
+6 rules · 2·32·32 + 12 blocks · (4 segments · 2·768 + 2 segments · 5·768 + 768) = 187,392 parameters.
+
 u starts at zero and the rest as unit normals, so the adapted model starts equal to the backbone and every tensor
 receives a gradient from the second step on: at zero u only u (and the bias) can move. Starting with both u and v at
 zero, as the paper's released code does, leaves every gradient of ΔW at zero for ever.
 
-The scale defaults to 14/√K: a random rank-one direction of x sees numbers of size √K, so the first steps change the
-output alike at any width. The 14 and the learning rate were chosen on six small tasks (benchmarks/README.md).
+The scale defaults to 14/√K, K the fewest columns of a segment: a random rank-one direction of x sees numbers of size
+√K, so the first steps change the output alike at any width. The 14 and the learning rate were chosen on six small tasks
+(benchmarks/README.md).
 
 k never gets a bias: adding one vector to all keys shifts each query's scores by a constant, which softmax ignores.
 
@@ -83,11 +88,12 @@ def resolve(config: TrainConfig, segments: Sequence[Segment]) -> TrainConfig:
     Raises:
         UsageError: The T given does not divide all of them (lists those that do); --backend does not take the shape.
     """
-    fitting = divisors(*{width for s in segments for width in (s.stop - s.start, s.in_features)})
+    widths = sorted({width for s in segments for width in (s.stop - s.start, s.in_features)})
+    fitting = divisors(*widths)
     terms = config.terms or max(t for t in fitting if t <= MAX_TERMS)
     if terms not in fitting:
-        width = segments[0].stop - segments[0].start
-        raise UsageError(f"--terms: T must divide the width {width}, but {terms} was given; choose from {fitting}")
+        what = f"width{'s' if len(widths) > 1 else ''} {', '.join(map(str, widths))}"
+        raise UsageError(f"--terms: T must divide the {what}, but {terms} was given; choose from {fitting}")
     rank = config.rank or 1
     if config.rule == "full" and config.backend in ("eager", "triton"):
         raise UsageError(f"--backend {config.backend} takes --rule factored; use --backend merge or auto")
@@ -96,7 +102,7 @@ def resolve(config: TrainConfig, segments: Sequence[Segment]) -> TrainConfig:
             f"--backend triton takes T·r up to {FUSED_RANK}, but --terms {terms} and --rank {rank} make "
             f"{terms * rank}; use --backend auto"
         )
-    scale = config.scale or SCALE / segments[0].in_features ** 0.5
+    scale = config.scale or SCALE / min(s.in_features for s in segments) ** 0.5
     return config.model_copy(update={"terms": terms, "rank": rank, "scale": scale})
 
 

@@ -1,7 +1,8 @@
 """LoKr: ΔW = s · W1 ⊗ (u vᵀ) on row segments of frozen linears, one Kronecker term, shared by nothing.
 
-W1 is a full (S, S) matrix, S the largest common divisor of the segment's rows and columns up to √width; u (rows/S, r)
-and v (K/S, r). On ViT-B (S = 24, r = 4): 12 blocks · 2 segments · (24² + 2·32·4) = 19,968 trained parameters.
+W1 is a full (S, S) matrix, S the largest common divisor of the segment's rows and columns up to the root of the
+smaller; u (rows/S, r) and v (K/S, r). On ViT-B (S = 24, r = 4): 12 blocks · 2 segments · (24² + 2·32·4) = 19,968
+trained parameters.
 
 u starts at zero, W1 and v as normals with std 1/√S and 1/√(K/S): the input of u then has entries of the size of x's,
 as in lora, and s = α/r is lora's. The layer is `kadaptation.KronLinear` with T = 1 and a full rule.

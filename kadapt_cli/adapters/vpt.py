@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.models import Segment
+from kadapt_cli.models import Segment, block_widths
 
 SUMMARY = "prompt tokens that enter each block"
 FORMULA = "L·w·d"
@@ -62,8 +62,10 @@ def inject(model: nn.Module, segments: Sequence[Segment], config: TrainConfig) -
     blocks: Any = model.blocks
     patch: Any = model.get_parameter("patch_embed.proj.weight")
     generator = torch.Generator().manual_seed(config.seed)
+    widths = block_widths(model)
     chosen = {}
-    for index, width in {segment.block: segment.in_features for segment in segments}.items():
+    for index in dict.fromkeys(segment.block for segment in segments):
+        width = widths[index]
         bound = (6 / (patch[0].numel() + width)) ** 0.5
         values = torch.empty(config.width, width).uniform_(-bound, bound, generator=generator)
         chosen[f"blocks.{index}.prompts"] = nn.Parameter(values)
