@@ -1,8 +1,10 @@
 """KAdaptation on every supported model: equal at the start, alive, batch-invariant, and the same after merging."""
 
 import copy
+import re
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -224,8 +226,13 @@ def test_terms_and_scale_are_filled_in():
     assert (resolved.terms, resolved.scale) == (32, pytest.approx(14 / 192**0.5))
     given = TrainConfig(terms=16, rank=1, scale=0.5)
     assert kadaptation.resolve(given, available) == given
-    with pytest.raises(UsageError, match=r"--terms: T must divide the width 192, but 5 was given; choose from \[1, 2"):
-        kadaptation.resolve(TrainConfig(terms=5), available)
+    for targets, widths in ((["q", "v"], "width 192"), (["q", "fc2"], "widths 192, 768")):
+        message = f"--terms: T must divide the {widths}, but 5 was given; choose from [1, 2"
+        with pytest.raises(UsageError, match=re.escape(message)):
+            kadaptation.resolve(TrainConfig(terms=5), select(available, targets))
+    for targets, columns in ((["fc2"], 768), (["blocks.0.fc2", "blocks.1.q"], 192)):
+        scale = kadaptation.resolve(TrainConfig(), select(available, targets)).scale
+        assert scale == pytest.approx(14 / columns**0.5)
 
 
 def test_backend_reaches_every_adapted_layer(monkeypatch):
@@ -261,11 +268,46 @@ def test_a_backend_that_does_not_take_the_shape_is_refused(options, message):
 def test_select():
     available = segments(load("vit32").module)
     assert {(s.block, s.name) for s in select(available, ["blocks.0.*", "v"])} == {
-        *((0, name) for name in "qkv"),
+        *((0, name) for name in ("q", "k", "v", "proj", "fc1", "fc2")),
         *((block, "v") for block in range(6)),
     }
-    with pytest.raises(UsageError, match="'mlp' matches nothing; this model has k, q, v in blocks 0 to 5"):
-        select(available, ["q", "mlp"])
+    assert [s.name for s in select(available, ["blocks.2.fc1", "blocks.2.v"])] == ["v", "fc1"]  # in the model's order
+    message = (
+        "--targets: 'fc3' matches nothing; this model has q, k, v, proj, fc1, fc2 and the groups attn, mlp in blocks "
+        "0 to 5 (blocks.0.q, blocks.0.attn, …)"
+    )
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
+        select(available, ["q", "fc3"])
+    for pattern in ("blocks.6", "blocks", "blocks.0.", "Q", "blocks.0.attn.q", ""):
+        with pytest.raises(UsageError, match=f"'{re.escape(pattern)}' matches nothing"):
+            select(available, [pattern])
+
+
+ATTN, MLP = ("q", "k", "v", "proj"), ("fc1", "fc2")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "blocks", "names"),
+    [
+        ("attn", range(12), ATTN),
+        ("mlp", range(12), MLP),
+        ("fc*", range(12), MLP),
+        ("proj", range(12), ("proj",)),
+        ("*", range(12), ATTN + MLP),
+        ("blocks.1", [1], ATTN + MLP),  # and not blocks 10 and 11
+        ("blocks.1.*", [1], ATTN + MLP),
+        ("blocks.1*", [1, 10, 11], ATTN + MLP),
+        ("blocks.1?", [10, 11], ATTN + MLP),
+        ("blocks.1.mlp", [1], MLP),
+        ("blocks.[0-2].attn", [0, 1, 2], ATTN),
+        ("blocks.[0-2]", [0, 1, 2], ATTN + MLP),
+        ("*.attn", range(12), ATTN),
+        ("blocks.1.[!qk]*", [1], ("v", "proj", "fc1", "fc2")),  # q is in attn, but a name fits before a group does
+    ],
+)
+def test_what_a_glob_takes_of_twelve_blocks(pattern, blocks, names):
+    available = segments(timm.create_model("vit_tiny_patch16_224"))
+    assert [(s.block, s.name) for s in select(available, [pattern])] == [(b, n) for b in blocks for n in names]
 
 
 def test_head_constants_fold_into_the_weight():

@@ -98,18 +98,31 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(backbone, images, before, state, found, layers, tuple(expected))
 
 
-def test_every_block_has_q_k_and_v_rows_in_order(case: Case) -> None:
+def test_every_block_has_its_segments_in_order(case: Case) -> None:
     _, width, blocks = case.expected
-    assert [(s.block, s.name) for s in case.segments] == [(b, n) for b in range(blocks) for n in "qkv"]
+    names = ("q", "k", "v", "proj", "fc1", "fc2")
+    assert [(s.block, s.name) for s in case.segments] == [(b, n) for b in range(blocks) for n in names]
     for segment in case.segments:
-        start = {"q": 0, "k": width, "v": 2 * width}[segment.name]
-        assert (segment.start, segment.stop, segment.in_features) == (start, start + width, width)
-        assert segment.module == f"blocks.{segment.block}.attn.qkv"
-        assert case.layers[segment.module].weight.shape == (3 * width, width)
+        if segment.name in "qkv":
+            start = {"q": 0, "k": width, "v": 2 * width}[segment.name]
+            assert (segment.start, segment.stop, segment.in_features) == (start, start + width, width)
+            assert segment.module == f"blocks.{segment.block}.attn.qkv"
+            assert case.layers[segment.module].weight.shape == (3 * width, width)
+        else:
+            assert segment.module == f"blocks.{segment.block}.{segment.group}.{segment.name}"
+            assert segment.start == 0
+            assert case.layers[segment.module].weight.shape == (segment.stop, segment.in_features)
+        assert segment.group == ("mlp" if segment.name.startswith("fc") else "attn")
+    shapes = {s.name: (s.stop, s.in_features) for s in case.segments}
+    hidden = shapes["fc2"][1]
+    assert shapes["proj"] == (width, width)
+    assert hidden > 2 * width
+    assert shapes["fc1"] == (2 * hidden if "eva" in case.backbone.name else hidden, width)  # EVA: gate and value
+    assert shapes["fc2"] == (width, hidden)
 
 
 def test_the_bias_of_a_segment_is_the_one_its_rows_get(case: Case) -> None:
-    for segment in case.segments[:3]:
+    for segment in case.segments[:6]:
         rows = case.layers[segment.module].bias[segment.start : segment.stop]
         if segment.bias is None:
             assert segment.name == "k"  # only EVA and BEiT, whose k bias is a constant
@@ -126,7 +139,7 @@ def test_an_identical_layer_leaves_the_features_equal(case: Case) -> None:
     torch.testing.assert_close(after, case.before, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["q", "v"])
+@pytest.mark.parametrize("name", ["q", "v", "proj", "fc1", "fc2"])
 @pytest.mark.parametrize("block", [0, -1], ids=["first", "last"])
 def test_a_changed_row_block_changes_the_features(case: Case, name: str, block: int) -> None:
     block %= case.expected[2]
@@ -168,7 +181,7 @@ def test_plain_setattr_would_be_a_silent_no_op_in_eva_and_beit(name: str) -> Non
 
 def test_separate_and_grouped_projections_are_segments_of_their_own() -> None:
     separate = timm.create_model("eva02_tiny_patch14_224", qkv_fused=False, depth=1, num_classes=0).eval()
-    found = {s.name: s for s in models.segments(separate)}
+    found = {s.name: s for s in models.segments(separate)[:3]}
     assert [s.module for s in found.values()] == [f"blocks.0.attn.{n}_proj" for n in "qkv"]
     assert [s.bias for s in found.values()] == ["blocks.0.attn.q_proj.bias", None, "blocks.0.attn.v_proj.bias"]
     assert {(s.start, s.stop, s.in_features) for s in found.values()} == {(0, 192, 192)}
@@ -182,7 +195,7 @@ def test_separate_and_grouped_projections_are_segments_of_their_own() -> None:
         num_classes=0,
         qkv_bias=True,
     ).eval()
-    found = {s.name: s for s in models.segments(grouped)}
+    found = {s.name: s for s in models.segments(grouped)[:3]}
     assert {name: (s.stop, s.in_features, s.bias) for name, s in found.items()} == {
         "q": (384, 384, "blocks.0.attn.q_proj.bias"),
         "k": (128, 384, "blocks.0.attn.k_proj.bias"),
@@ -195,6 +208,34 @@ def test_separate_and_grouped_projections_are_segments_of_their_own() -> None:
     torch.testing.assert_close(grouped(images), before, rtol=1e-5, atol=1e-5)
     layer.shift = 0.1 * torch.ones(128, 384)
     assert not torch.allclose(grouped(images), before, rtol=1e-3)
+
+
+def test_a_swiglu_mlp_has_three_segments() -> None:
+    model = timm.create_model("eva02_base_patch14_224", depth=1, num_classes=0)
+    assert [
+        (s.name, s.group, s.module, s.start, s.stop, s.in_features, s.bias) for s in models.segments(model)[3:]
+    ] == [
+        ("proj", "attn", "blocks.0.attn.proj", 0, 768, 768, "blocks.0.attn.proj.bias"),
+        ("fc1_g", "mlp", "blocks.0.mlp.fc1_g", 0, 2048, 768, "blocks.0.mlp.fc1_g.bias"),
+        ("fc1_x", "mlp", "blocks.0.mlp.fc1_x", 0, 2048, 768, "blocks.0.mlp.fc1_x.bias"),
+        ("fc2", "mlp", "blocks.0.mlp.fc2", 0, 768, 2048, "blocks.0.mlp.fc2.bias"),
+    ]
+
+
+def test_what_is_no_plain_linear_is_left_out() -> None:
+    class Quantized(nn.Linear):
+        """A layer whose weight means something else."""
+
+    module = timm.create_model("vit_tiny_patch16_224", depth=3)
+    module.blocks[0].attn.proj = nn.Identity()
+    module.blocks[0].mlp.fc2 = nn.Linear(768, 192, bias=False)
+    module.blocks[1].mlp.fc1 = Quantized(192, 768)
+    module.blocks[1].mlp.inner = nn.Sequential(nn.Linear(768, 768))
+    del module.blocks[2].mlp
+    found = [s for s in models.segments(module) if s.name not in "qkv"]
+    assert [(s.block, s.name) for s in found] == [(0, "fc1"), (0, "fc2"), (1, "proj"), (1, "fc2"), (2, "proj")]
+    assert [s.bias for s in found[:3]] == ["blocks.0.mlp.fc1.bias", None, "blocks.1.attn.proj.bias"]
+    assert models.block_widths(module) == {0: 192, 1: 192, 2: 192}
 
 
 @pytest.mark.parametrize(
