@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,11 +161,17 @@ def confusion_csv(confusion: NDArray[np.int64], classes: Sequence[str]) -> str:
     text = io.StringIO()
     # Every name is quoted: the csv module leaves a lone carriage return unquoted, and readers end the row there.
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-    names = [f"'{name}" if name.lstrip("'").startswith(FORMULA_STARTS) else name for name in classes]
+    names = [harmless(name) for name in classes]
     writer.writerow(["true class", *names])
     for name, counts in zip(names, confusion.tolist(), strict=True):
         writer.writerow([name, *counts])
     return text.getvalue()
+
+
+def harmless(value: object) -> object:
+    """A value for a CSV: a text that a spreadsheet would run as a formula gets one ' in front."""
+    risky = isinstance(value, str) and value.lstrip("'").startswith(FORMULA_STARTS)
+    return f"'{value}" if risky else value
 
 
 # curves.svg
@@ -174,6 +180,9 @@ WIDTH, HEIGHT = 720, 360
 # Okabe and Ito's colours, apart for every kind of colour vision; the dashes tell the lines apart in grey.
 TRAINING, VALIDATION = "#0072B2", "#D55E00"
 INK, GRID = "#333333", "#dddddd"
+# Okabe and Ito's colours without yellow, which white swallows.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+LETTER = 7.0  # px, a wide average of 12 px letters: fonts differ, and a name's box must hold it in all of them
 LEGEND = 76  # y of the legend's words
 MAX_DOTS = 15
 
@@ -283,6 +292,21 @@ def tick_label(value: float, step: float) -> str:
     return f"{value:.{decimals}f}" if decimals <= 4 and abs(value) < 1e5 else f"{value:.3g}"
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten from 10^low to 10^high, and twice and five times these where they are fewer than three."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    ticks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    inside = [tick for tick in ticks if low <= math.log10(tick) <= high]
+    tens = [tick for tick in inside if tick in ticks[::3]]
+    return tens if len(tens) >= 3 else inside
+
+
+def count_label(value: float) -> str:
+    """A round number such as 500, 200k or 5M."""
+    power = max(0, math.floor(math.log10(value) + 1e-9) // 3)
+    return f"{value / 1000**power:g}" + ("", "k", "M", "G", "T")[power]
+
+
 def _axes(panel: _Panel, heading: str) -> list[str]:
     """Heading, grid lines, tick labels and the name of the x-axis."""
     right = panel.left + panel.width
@@ -336,13 +360,30 @@ def _legend(x: float, words: str, colour: str, dashes: str = "none") -> list[str
     return [rule(x, LEGEND - 4, x + 26, LEGEND - 4, colour, dashes, width=2), svg_text(x + 32, LEGEND, words)]
 
 
+def svg_picture(width: float, height: float, title: str, parts: Sequence[str]) -> str:
+    """Parts on white paper as one SVG; the title is what a screen reader says."""
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+    about = f'role="img" aria-label={quoteattr(xml_safe(title))} font-family="Helvetica, Arial, sans-serif"'
+    paper = f'<rect width="{width:g}" height="{height:g}" fill="#ffffff"/>'
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {about}>', paper, *parts, "</svg>"])
+
+
 def rule(x1: float, y1: float, x2: float, y2: float, colour: str, dashes: str = "none", width: float = 1) -> str:
     ends = f'x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}"'
     return f'<line {ends} stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dashes}"/>'
 
 
-def svg_text(x: float, y: float, words: str, *, anchor: str = "start", weight: str = "normal", size: int = 12) -> str:
-    style = f'text-anchor="{anchor}" font-weight="{weight}" font-size="{size}" fill="{INK}"'
+def svg_text(
+    x: float,
+    y: float,
+    words: str,
+    *,
+    anchor: str = "start",
+    weight: str = "normal",
+    size: int = 12,
+    colour: str = INK,
+) -> str:
+    style = f'text-anchor="{anchor}" font-weight="{weight}" font-size="{size}" fill="{colour}"'
     return f'<text x="{x:.2f}" y="{y:.2f}" {style}>{escape(words)}</text>'
 
 

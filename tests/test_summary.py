@@ -14,6 +14,7 @@ from rich.console import Console
 from kadapt_cli.compare import page as pages
 from kadapt_cli.compare.page import page, pareto_front, pareto_svg
 from kadapt_cli.compare.summary import comparison_csv, document, show, significance, table
+from kadapt_cli.report import count_label, log_ticks
 
 HOSTILE = "<b>&"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -263,7 +264,7 @@ def test_picture_draws_every_method_at_its_place_with_its_name_apart():
 
 @pytest.mark.parametrize(("low", "high"), [(3.8, 8.1), (4.9, 5.9), (0.0, 1.0)])
 def test_log_axis_has_round_ticks_inside(low, high):
-    ticks = pages._log_ticks(low, high)
+    ticks = log_ticks(low, high)
     assert len(ticks) >= 3
     assert all(low <= math.log10(tick) <= high and f"{tick:g}"[0] in "125" for tick in ticks)
-    assert [pages._count(value) for value in (1, 500, 1e3, 2e5, 5e6, 1e9)] == ["1", "500", "1k", "200k", "5M", "1G"]
+    assert [count_label(value) for value in (1, 500, 1e3, 2e5, 5e6, 1e9)] == ["1", "500", "1k", "200k", "5M", "1G"]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape, quoteattr
+from xml.sax.saxutils import escape
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -19,11 +19,22 @@ from kadapt_cli.compare import summary
 from kadapt_cli.compare.summary import Row, columns, score_text, table
 from kadapt_cli.errors import visible
 from kadapt_cli.progress import duration
-from kadapt_cli.report import GRID, INK, Point, nice_ticks, rule, svg_text, tick_label, xml_safe
+from kadapt_cli.report import (
+    COLOURS,
+    GRID,
+    INK,
+    LETTER,
+    Point,
+    count_label,
+    log_ticks,
+    nice_ticks,
+    rule,
+    svg_picture,
+    svg_text,
+    tick_label,
+    xml_safe,
+)
 
-# Okabe and Ito's colours without yellow, which white swallows; a second round is drawn hollow.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-LETTER = 7.0  # px, a wide average of 12 px letters: fonts differ, and a name's box must hold it in all of them
 PICTURES = {"wide": (900, 470), "narrow": (350, 520)}  # px; the template shows one of them
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom; px
@@ -87,18 +98,14 @@ def _said(value: object) -> str:
 
 
 def _paints(entries: Sequence[Row]) -> dict[str, str]:
-    """Fill and stroke of each method in every picture: kadaptation first, the others in the order of the table."""
+    """Fill and stroke of each method in every picture: kadaptation first, the others in the order of the table.
+
+    A second round through the colours is drawn hollow.
+    """
     names = sorted((entry["method"] for entry in entries), key=lambda name: name != "kadaptation")
     colours = [(COLOURS[i % len(COLOURS)], i // len(COLOURS) % 2) for i in range(len(names))]
     fills = (f'fill="{"#ffffff" if hollow else colour}" stroke="{colour}"' for colour, hollow in colours)
     return dict(zip(names, fills, strict=True))
-
-
-def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
-    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
-    about = f'role="img" aria-label={quoteattr(xml_safe(title))} font-family="Helvetica, Arial, sans-serif"'
-    paper = f'<rect width="{width:g}" height="{height:g}" fill="#ffffff"/>'
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {about}>', paper, *parts, "</svg>"])
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ def _pareto(entries: Sequence[Row], width: float, height: float) -> str:
     parts = [svg_text(12, height - 10 - 14 * i, line, size=11) for i, line in enumerate(reversed(words))]
     parts.append(svg_text(12, 24, title, size=15, weight="bold"))
     if not known:
-        return _svg(width, height, title, parts)
+        return svg_picture(width, height, title, parts)
     plot = _plot(known, (42, 64, width - 12, height - 58 - 14 * len(words)))
     dots, front, paints = [_dot(entry, plot) for entry in known], pareto_front(known), _paints(entries)
     stairs = _stairs([dots[i] for name in front for i, entry in enumerate(known) if entry["method"] == name], plot)
@@ -157,7 +164,7 @@ def _pareto(entries: Sequence[Row], width: float, height: float) -> str:
         place = {"start": box[0], "end": box[2], "middle": (box[0] + box[2]) / 2}[side]
         names.append(svg_text(place, box[1] + 11, xml_safe(entry["method"]), anchor=side, weight=weight))
     halo = '<g paint-order="stroke" stroke="#ffffff" stroke-width="3">'
-    return _svg(width, height, title, [*parts, halo, *names, "</g>"])
+    return svg_picture(width, height, title, [*parts, halo, *names, "</g>"])
 
 
 def _plot(entries: Sequence[Row], box: Box) -> _Plot:
@@ -187,25 +194,11 @@ def _axes(plot: _Plot) -> list[str]:
         label = tick_label(value, plot.ticks[1] - plot.ticks[0])
         parts.append(rule(left, plot.y(value), right, plot.y(value), GRID))
         parts.append(svg_text(left - 7, plot.y(value) + 4, label, anchor="end"))
-    for count in _log_ticks(*plot.logs):
+    for count in log_ticks(*plot.logs):
         parts.append(rule(plot.x(count), top, plot.x(count), bottom, GRID))
-        parts.append(svg_text(plot.x(count), bottom + 18, _count(count), anchor="middle"))
+        parts.append(svg_text(plot.x(count), bottom + 18, count_label(count), anchor="middle"))
     parts.append(rule(left, bottom, right, bottom, INK))
     return [*parts, svg_text((left + right) / 2, bottom + 36, "trained parameters, with the head", anchor="middle")]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from 10^low to 10^high, and twice and five times these where they are fewer than three."""
-    powers = range(math.floor(low), math.ceil(high) + 1)
-    ticks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
-    inside = [tick for tick in ticks if low <= math.log10(tick) <= high]
-    tens = [tick for tick in inside if tick in ticks[::3]]
-    return tens if len(tens) >= 3 else inside
-
-
-def _count(value: float) -> str:
-    power = max(0, math.floor(math.log10(value) + 1e-9) // 3)
-    return f"{value / 1000**power:g}" + ("", "k", "M", "G", "T")[power]
 
 
 def _stairs(front: Sequence[_Dot], plot: _Plot) -> list[Point]:
@@ -281,4 +274,4 @@ def _bars(entries: Sequence[Row], data: str, paints: Mapping[str, str]) -> str:
         if std:
             parts += [rule(low, y, high, y, INK), *(rule(x, y - 3, x, y + 3, INK) for x in (low, high))]
         parts.append(svg_text(high + 5, y + 4, f"{mean:.1f}" if part["mean"] is not None else "no result", size=11))
-    return _svg(340, bottom + 22, f"{data}: score in % by method", parts)
+    return svg_picture(340, bottom + 22, f"{data}: score in % by method", parts)

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from kadapt_cli.errors import visible
 from kadapt_cli.progress import duration
-from kadapt_cli.report import FORMULA_STARTS, new_table, plain
+from kadapt_cli.report import harmless, new_table, plain
 
 JSON_ROW = ["data", "method", "shots", "seed", "accuracy", "trainable", "adapter", "lr", "weight_decay", "trials"]
 JSON_FAILURE = ["data", "method", "shots", "seed", "trial", "reason"]
@@ -99,13 +99,8 @@ def comparison_csv(rows: Sequence[Row], failures: Sequence[Row]) -> str:
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for row in (*rows, *failures):
-        writer.writerow([_harmless(row.get(column)) for column in CSV_COLUMNS])
+        writer.writerow([harmless(row.get(column)) for column in CSV_COLUMNS])
     return text.getvalue()
-
-
-def _harmless(value: object) -> object:
-    risky = isinstance(value, str) and value.lstrip("'").startswith(FORMULA_STARTS)
-    return f"'{value}" if risky else value
 
 
 # Is a difference more than luck?
