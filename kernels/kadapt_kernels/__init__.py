@@ -4,13 +4,17 @@ Tensors and numbers only; imports torch and, where a kernel is launched, triton,
 """
 
 from kadapt_kernels.factors import KronFactors, divisors, kron_delta, tall
+from kadapt_kernels.hadamard import HADAMARD_BACKENDS, hadamard, hadamard_
 from kadapt_kernels.ops import BACKENDS, FUSED_RANK, kron_linear, kron_merge, why_no_triton
 
 __all__ = [
     "BACKENDS",
     "FUSED_RANK",
+    "HADAMARD_BACKENDS",
     "KronFactors",
     "divisors",
+    "hadamard",
+    "hadamard_",
     "kron_delta",
     "kron_linear",
     "kron_merge",

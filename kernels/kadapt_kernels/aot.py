@@ -45,6 +45,7 @@ TARGETS: Mapping[str, tuple[str, int | str, int]] = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 WIDTHS = (192, 384, 768, 1024, 1280)
 ROWS = (197, 8 * 197, 32 * 197, 128 * 197)
+HADAMARD_BITS = (*range(4, 15), 21)
 TENSOR_CORE = {"ptx": r"wgmma\.mma_async|tcgen05\.mma\.|\bmma\.sync", "amdgcn": r"\bv_mfma"}
 IN_FLIGHT = {
     "products": r"warp_group_dot_wait.*\{pendings = [1-9]|tc_gen5_mma.*is_async",
@@ -328,11 +329,23 @@ def _merge(job: Job, layer: Layer) -> list["Launch"]:
     return launches
 
 
+def _hadamard(job: Job, layer: Layer) -> list["Launch"]:
+    """Vectors of powers of two, made of about as many numbers as x; in fp32 only."""
+    from kadapt_kernels.hadamard_kernel import hadamard_launches
+
+    if job.dtype != "fp32":
+        return []
+    lengths = [2**bits for bits in HADAMARD_BITS]
+    vectors = [layer.x.new_empty(max(1, layer.x.numel() // length), length) for length in lengths]
+    return [launch for rows in vectors for launch in hadamard_launches(rows)]
+
+
 STAGES: Mapping[str, Callable[[Job, Layer], list["Launch"]]] = {
     "forward": _forward,
     "frozen": _forward,
     "backward": _backward,
     "merge": _merge,
+    "hadamard": _hadamard,
 }
 
 
