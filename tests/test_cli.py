@@ -248,7 +248,7 @@ WRONG = [
     (["--lr", "-1"], 2, ["--lr", "greater than 0"]),
     (["--lr", "nan"], 2, ["--lr", "finite"]),
     (["--method", "lorra"], 2, ["--method", "lora"]),
-    (["--targets", "mlp"], 2, ["--targets", "'mlp' matches nothing", "k, q, v"]),
+    (["--targets", "fc3"], 2, ["--targets", "'fc3' matches nothing", "q, k, v, proj, fc1, fc2", "attn, mlp"]),
     (["--targets", ""], 2, ["--targets"]),
     (["--terms", "5"], 2, ["--terms", "192", "[1, 2, 3, 4, 6, 8"]),
     (["--model", "vit_tinny_patch16_224"], 4, ["vit_tinny_patch16_224", "vit_tiny_patch16_224"]),
