@@ -93,6 +93,9 @@ def train(
     width: Annotated[int | None, _option("width")] = None,
     rule: Annotated[Literal["factored", "full"] | None, _option("rule")] = None,
     scale: Annotated[float | None, _option("scale")] = None,
+    dims: Annotated[int | None, _option("dims")] = None,
+    projection: Annotated[Literal["fastfood", "dense", "sparse", "identity"] | None, _option("projection")] = None,
+    said: Annotated[bool | None, _option("said", "--said")] = None,
     head_init: Annotated[Literal["means", "zero", "text"] | None, _option("head_init")] = None,
     metric: Annotated[str | None, _option("metric")] = None,
     device: Annotated[Device | None, _option("device")] = None,
@@ -125,6 +128,8 @@ def train(
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks
     display = Display(Console(stderr=True), quiet=not is_first)
     folder = out if out is not None else default_out(resolved, resume)
+    if resolved.targets == ("auto",) or resolved.targets[0].endswith(".json"):
+        resolved = _with_probed_targets(resolved, folder, dry_run, display)
     result = (
         run_dry(resolved, folder, display) if dry_run else run_train(resolved, folder, resume=resume, display=display)
     )
@@ -132,6 +137,20 @@ def train(
         _print_json(result)
     elif is_first:
         show_result(result, Console())
+
+
+def _with_probed_targets(config: TrainConfig, folder: Path, dry_run: bool, display: Display) -> TrainConfig:
+    """The targets that a probe selected: a probe.json, or one that is made now beside the run folder."""
+    from kadapt_cli.probe import auto_targets, read_selection
+
+    if config.targets != ("auto",):
+        if len(config.targets) > 1:
+            raise UsageError("--targets: a probe.json was given beside other targets; give it alone")
+        return config.model_copy(update={"targets": read_selection(Path(config.targets[0]))})
+    if dry_run or "RANK" in os.environ:
+        when = "--dry-run" if dry_run else "torchrun"
+        raise UsageError(f"--targets: auto has to probe first, which {when} does not; run kadapt probe-id and give it")
+    return config.model_copy(update={"targets": auto_targets(config, Path(f"{folder}-probe"), display)})
 
 
 @app.command("eval")
@@ -293,6 +312,86 @@ def compare(
         return
     Console().print(found.shown)
     print_line(Console(), f"wrote {out / worker.PAGE}, and the same as .csv, .json and .svg")
+
+
+@app.command("probe-id")
+def probe_id(
+    data: Annotated[str, _option("data")] = "demo",
+    model: Annotated[str | None, _option("model")] = None,
+    groups: Annotated[
+        str, typer.Option(help="What to measure in each block: attn, mlp, q, k, v, proj, fc1, fc2, or blocks.")
+    ] = "attn,mlp",
+    per: Annotated[
+        Literal["block", "model"], typer.Option(help="A dimension for each block, or one for all blocks together.")
+    ] = "block",
+    shots: Annotated[int, typer.Option(min=2, help="Training images drawn a class, validation included.")] = 5,
+    full_shot: Annotated[bool, typer.Option("--full-shot", help="All training images instead of --shots.")] = False,
+    threshold: Annotated[float, typer.Option(help="The share of directly trained weights' score to reach.")] = 0.9,
+    above: Annotated[
+        Literal["zero", "head"],
+        typer.Option(help="What it is a share of: the score, or what it gains over the head alone."),
+    ] = "zero",
+    projection: Annotated[
+        Literal["fastfood", "dense", "sparse"], typer.Option(help="How d numbers move the weights.")
+    ] = "fastfood",
+    said: Annotated[bool, typer.Option("--said", help="A trained factor a tensor (SAID).")] = False,
+    dims: Annotated[str, typer.Option(help="The d to try, comma-separated; auto: 8, 64, 512, … up to D/4.")] = "auto",
+    refine: Annotated[int, typer.Option(min=0, help="Halvings of the gap in which d90 lies.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="How often all is measured, with seeds 0, 1, …")] = 1,
+    folds: Annotated[
+        int, typer.Option(min=1, help="Of the cross-validation; 1 uses the data's own validation images.")
+    ] = 5,
+    epochs: Annotated[int, _option("epochs")] = 10,
+    batch_size: Annotated[int, _option("batch_size")] = 8,
+    lr: Annotated[float | None, _option("lr")] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Select the so many lowest. \\[default: half]", show_default=False)
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(min=1, help="Select what kadaptation trains with so many parameters.", show_default=False),
+    ] = None,
+    metric: Annotated[str | None, _option("metric")] = None,
+    img_size: Annotated[int | None, _option("img_size")] = None,
+    device: Annotated[Device | None, _option("device")] = None,
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, _option("precision")] = None,
+    no_pretrained: Annotated[
+        bool, typer.Option("--no-pretrained", help="Start from random weights: for counting and tests.")
+    ] = False,
+    weights: Annotated[str | None, _option("weights")] = None,
+    skip_bad: SkipBad = False,
+    out: Annotated[Path, typer.Option(help="The folder of the trials and the result; the same one goes on.")] = Path(
+        "probe"
+    ),
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure how few dimensions each submodule needs, and choose what to adapt."""
+    given = {name: value for name, value in locals().items() if name in TrainConfig.model_fields and value is not None}
+    given |= {"method": "subspace", "augment": "none", "dims": None, "shots": None if full_shot else shots}
+    base = resolve(given | ({"pretrained": False} if no_pretrained else {}))
+    from kadapt_cli import probe as worker
+    from kadapt_cli.probe.show import table
+
+    plan = worker.Plan(
+        base=base,
+        groups=tuple(dict.fromkeys(part.strip() for part in groups.split(","))),
+        per=per,
+        threshold=threshold,
+        above=above,
+        dims=None if dims == "auto" else tuple(sorted(set(_numbers("--dims", dims)))),
+        refine=refine,
+        seeds=tuple(range(seeds)),
+        folds=folds,
+        budget=budget,
+        keep=keep,
+    )
+    document = worker.probe(plan, out, Display(Console(stderr=True)))
+    if as_json:
+        _print_json(document)
+        return
+    Console().print(table(document))
+    if document["selected"]:
+        print_line(Console(), f"next: kadapt train --data {data} --targets {out / worker.JSON}")
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -69,6 +69,11 @@ class TrainConfig(BaseModel):
     )
     rule: Literal["factored", "full"] = Field("factored", description="A_t as a_t b_tᵀ (factored) or as a full matrix.")
     scale: float | None = Field(None, gt=0, description="s, the factor before ΔW; the method's own when not given.")
+    dims: int | None = Field(None, ge=1, description="d, the dimensions of subspace (1000, or all the weights).")
+    projection: Literal["fastfood", "dense", "sparse", "identity"] = Field(
+        "fastfood", description="Of subspace: how its d numbers move the weights; identity trains them directly."
+    )
+    said: bool = Field(False, description="Of subspace: a trained factor a tensor, which counts as a dimension.")
     head_init: Literal["means", "zero", "text"] = Field(
         "means",
         description="Start of the classifier: class means, zero, or CLIP's text embeddings of the class names.",

@@ -458,6 +458,20 @@ def merged(images: ImageSet) -> ImageSet:
     return replace(images, splits={**images.splits, "train": train, "val": []}, notes=list(images.notes))
 
 
+def folds(images: ImageSet, count: int) -> list[ImageSet]:
+    """`count` sets for cross-validation: every training image is in validation in one of them, class by class."""
+    place: dict[Sample, int] = {}
+    seen: dict[int, int] = {}
+    for sample in images.splits["train"]:
+        place[sample] = seen[sample.label] = seen.get(sample.label, -1) + 1
+    found = []
+    for fold in range(count):
+        val = [sample for sample in images.splits["train"] if place[sample] % count == fold]
+        train = [sample for sample in images.splits["train"] if place[sample] % count != fold]
+        found.append(replace(images, splits={**images.splits, "train": train, "val": val}, notes=list(images.notes)))
+    return found
+
+
 def _open_named(source: str, cache_bytes: int) -> ImageSet:
     """A named set with all samples of its own splits, none of them checked."""
     named = open_named(source, cache_bytes=cache_bytes)

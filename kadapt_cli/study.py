@@ -1,4 +1,4 @@
-"""Where a comparison keeps what is finished: a file in its folder, or an Optuna storage that machines share.
+"""Where a comparison or a probe keeps what is finished: a file in its folder, or an Optuna storage that machines share.
 
 A study is a list of records, each a dict that is complete in itself, and claims: a worker claims a cell before it works
 on it, so that no two do the same. The claim of a process that was killed ends by itself.
@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from kadapt_cli.compare.search import import_optuna
 from kadapt_cli.errors import MachineError, UsageError
 
 Record = dict[str, Any]
@@ -62,6 +61,16 @@ def check_grid(where: str, stored: Record, grid: Record) -> None:
     if differing:
         texts = [f"{key} {stored.get(key)!r}, not {grid.get(key)!r}" for key in sorted(differing)]
         raise UsageError(f"{where}: holds a study made with {'; '.join(texts)}; use these settings, or another place")
+
+
+def import_optuna() -> Any:
+    """Optuna, quiet; `UsageError` with the line that installs it when it is not there."""
+    try:
+        import optuna
+    except ImportError:
+        raise UsageError("Optuna is not installed; run: pip install 'kadapt[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
 
 
 class FileStudy:

@@ -17,7 +17,6 @@ from rich.console import Console
 from kadapt_cli import compare as comparing
 from kadapt_cli.compare import search, worker
 from kadapt_cli.compare.grid import Grid
-from kadapt_cli.compare.study import FileStudy, open_study
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import (
     CheckFailedError,
@@ -29,6 +28,7 @@ from kadapt_cli.errors import (
     UsageError,
 )
 from kadapt_cli.progress import Display
+from kadapt_cli.study import FileStudy, open_study
 
 GRID = {"shots": 5, "search": "coarse"}
 
@@ -150,7 +150,7 @@ def test_a_line_cut_by_a_kill_is_passed_over_and_the_next_is_whole(tmp_path):
 
 def test_the_claim_of_a_killed_process_ends(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from kadapt_cli.compare.study import FileStudy\n"
+        "import sys, time; from pathlib import Path; from kadapt_cli.study import FileStudy\n"
         f"with FileStudy(Path({str(tmp_path)!r}), {GRID!r}).claim('a') as mine: print(mine, flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -172,7 +172,7 @@ def test_a_claim_that_has_stopped_beating_is_void(tmp_path, monkeypatch):
     assert holder.__enter__()
     with second.claim("a") as mine:
         assert not mine
-    monkeypatch.setattr("kadapt_cli.compare.study.STALE_S", 0.5)
+    monkeypatch.setattr("kadapt_cli.study.STALE_S", 0.5)
     time.sleep(0.6)
     with second.claim("a") as mine:
         assert mine

@@ -21,6 +21,7 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from kadapt_cli.adapters import (
     lokr,
     lora,
     ssf,
+    subspace,
     vpt,
 )
 from kadapt_cli.config import TrainConfig
@@ -58,10 +60,12 @@ METHODS: dict[str, ModuleType] = {
     "attention": attention,
     "vpt": vpt,
     "ssf": ssf,
+    "subspace": subspace,
 }
 WEIGHT_DECAY = 1e-4
 # Options that only some methods take, and their value when they are not given.
-SPECIFIC = {"terms": None, "rank": None, "width": None, "scale": None, "rule": "factored", "backend": "auto"}
+SPECIFIC: dict[str, Any] = {"terms": None, "rank": None, "width": None, "scale": None, "rule": "factored"}
+SPECIFIC |= {"backend": "auto", "dims": None, "projection": "fastfood", "said": False}
 
 
 class Head(nn.Module):

@@ -24,9 +24,7 @@ from rich.console import Console, RenderableType
 from kadapt_cli import __version__, runs
 from kadapt_cli.adapters import adapt, method
 from kadapt_cli.compare import page, summary
-from kadapt_cli.compare.grid import Grid, label
-from kadapt_cli.compare.search import import_optuna
-from kadapt_cli.compare.study import Record, Study, open_study
+from kadapt_cli.compare.grid import Grid, label, variant
 from kadapt_cli.compare.worker import Worker, digest_of, open_cell
 from kadapt_cli.data import ImageSet
 from kadapt_cli.errors import (
@@ -42,6 +40,7 @@ from kadapt_cli.evaluate import load_backbone
 from kadapt_cli.models import Backbone
 from kadapt_cli.progress import Display, print_line
 from kadapt_cli.session import Material, text_start
+from kadapt_cli.study import Record, Study, import_optuna, open_study
 
 __all__ = ["CSV", "JSON", "PAGE", "Comparison", "Grid", "compare", "results", "write"]
 
@@ -83,7 +82,7 @@ def compare(grid: Grid, out: Path, display: Display, *, storage: str | None, job
     before = len(study.records())
     try:
         if jobs == 1:
-            Worker(grid, study, display, backbone).work()
+            Worker(grid, study, display, backbone, out).work()
         else:
             _work_in_processes(grid, out, storage, jobs)
     except InterruptedRunError as error:
@@ -133,7 +132,7 @@ def _check(grid: Grid, backbone: Backbone) -> dict[str, ImageSet]:
         if len(set(values)) < len(values):
             raise UsageError(f"{what}: one of {', '.join(map(str, values))} is there twice; give each name once")
     for name in grid.methods:
-        method(name)
+        method(variant(name)[0])
     drawn = {}
     for data in grid.data:
         drawn[label(data)] = images = open_cell(grid, data, grid.seeds[0])
@@ -141,7 +140,9 @@ def _check(grid: Grid, backbone: Backbone) -> dict[str, ImageSet]:
             raise UsageError(f"--data: {data} leaves no test images; draw fewer with --shots")
         text_start(grid.base, Material(images, backbone))
     for name in grid.methods:
-        adapt(copy.deepcopy(backbone), grid.base.model_copy(update={"method": name}), 2)
+        base, targets = variant(name)
+        own = grid.base.targets if targets in (None, ("probe",)) else targets
+        adapt(copy.deepcopy(backbone), grid.base.model_copy(update={"method": base, "targets": own}), 2)
     return drawn
 
 
@@ -194,7 +195,7 @@ def _worker(grid: Grid, out: Path, storage: str | None, threads: int) -> None:
     try:
         backbone = load_backbone(grid.base)
         study = open_study(out, storage, grid.settings(backbone))
-        Worker(grid, study, Display(Console(stderr=True)), backbone).work()
+        Worker(grid, study, Display(Console(stderr=True)), backbone, out).work()
     except KadaptError as error:
         if not isinstance(error, InterruptedRunError):
             print_line(Console(stderr=True), f"kadapt: {error}")

@@ -20,15 +20,15 @@ class Grid:
 
     Attributes:
         data: Folders or names of data sets.
-        methods: Names of adaptation methods.
+        methods: Names of adaptation methods, or variants of them: METHOD@TARGETS, where TARGETS are those of
+            `kadapt train` or "probe", what a short probe of the cell's images selects.
         seeds: Of the draw, the initialisation and the order of images.
         base: Settings that all runs share; its epochs are those of the final run.
         search: "none" takes each method's defaults, "coarse", "faithful" and "optuna" are those of `search`.
         search_epochs: Epochs of a trial.
         trials: Of Optuna's search.
         select: "validation" takes the best trial of the cell; "pooled" one setting a method, the best on average over
-            the data sets with the first seed, the only one that is searched, of the settings that all of them tried
-            (not coarse's last, which depends on the data set); "test-best" is "validation" but reports
+            the data sets with the first seed, the only one that is searched; "test-best" is "validation" but reports
             the best epoch on the test images, as some benchmarks do.
     """
 
@@ -71,7 +71,7 @@ class Grid:
         """The search in a cell; empty where others decide its settings."""
         if self.select == "pooled" and cell.seed != self.seeds[0]:
             return none()
-        has_rate = method(cell.method).LR is not None
+        has_rate = method(variant(cell.method)[0]).LR is not None
         if self.search == "optuna":
             return tpe(has_rate, self.trials, cell.seed)
         return none() if self.search == "none" else {"coarse": coarse, "faithful": faithful}[self.search](has_rate)
@@ -97,6 +97,12 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         return f"{label(self.data)} {self.method} seed {self.seed}"
+
+
+def variant(name: str) -> tuple[str, tuple[str, ...] | None]:
+    """The method of METHOD or METHOD@TARGETS, and its targets where it has its own."""
+    base, _, targets = name.partition("@")
+    return base, tuple(part.strip() for part in targets.split(",")) if targets else None
 
 
 def label(data: str) -> str:

@@ -10,9 +10,8 @@ decays of one rate.
 
 import math
 from collections.abc import Generator, Sequence
-from typing import Any
 
-from kadapt_cli.errors import UsageError
+from kadapt_cli.study import import_optuna
 
 Settings = tuple[float | None, float]
 Value = tuple[float, float]
@@ -56,16 +55,6 @@ def faithful(has_rate: bool) -> Search:
 def none() -> Search:
     """No trials: the method's defaults."""
     yield from ()
-
-
-def import_optuna() -> Any:
-    """Optuna, quiet; `UsageError` with the line that installs it when it is not there."""
-    try:
-        import optuna
-    except ImportError:
-        raise UsageError("Optuna is not installed; run: pip install 'kadapt[search]'") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
 
 
 def tpe(has_rate: bool, trials: int, seed: int) -> Search:

@@ -5,20 +5,24 @@ import itertools
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from rich.console import Console
 
 from kadapt_cli import metrics
 from kadapt_cli.compare import search
-from kadapt_cli.compare.grid import Cell, Grid, label
-from kadapt_cli.compare.study import Record, Study
+from kadapt_cli.compare.grid import Cell, Grid, label, variant
+from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import ImageSet, manifest_csv, merged, open_images
 from kadapt_cli.errors import TERMINATED, InterruptedRunError, KadaptError, MachineError
 from kadapt_cli.evaluate import logits
 from kadapt_cli.models import Backbone
+from kadapt_cli.probe import auto_targets
 from kadapt_cli.progress import Display
 from kadapt_cli.session import Material, Session, choose_metric, prepare
+from kadapt_cli.study import Record, Study
 from kadapt_cli.train import costs, fit, forget_peak
 
 WAIT_S = 1.0
@@ -27,8 +31,9 @@ WAIT_S = 1.0
 class Worker:
     """Fills cells until all are done, and keeps what cells on the same images share."""
 
-    def __init__(self, grid: Grid, study: Study, display: Display, backbone: Backbone) -> None:
+    def __init__(self, grid: Grid, study: Study, display: Display, backbone: Backbone, out: Path) -> None:
         self.grid = grid
+        self.out = out
         self.study = study
         self.display = display
         self.quiet = Display(Console(stderr=True), quiet=True)
@@ -78,7 +83,12 @@ class Worker:
         return [trials[number] for number in itertools.takewhile(trials.__contains__, itertools.count())]
 
     def _next(self, cell: Cell) -> search.Settings | None:
-        return search.following(self.grid.plan(cell), [_value(r) for r in self._trials(cell)])
+        """What to try next in a cell; None when its search is over, or waits for the trials of other cells."""
+        count = len(self._trials(cell))
+        trials = [self._trials(other) for other in self.grid.searched(cell)] if count else []
+        if any(len(own) < count for own in trials):
+            return None
+        return search.following(self.grid.plan(cell), [_mean([_value(own[i]) for own in trials]) for i in range(count)])
 
     def _trial(self, cell: Cell, settings: search.Settings) -> None:
         """Train on the training images and measure on the validation images."""
@@ -148,14 +158,25 @@ class Worker:
         self, cell: Cell, settings: search.Settings | None, epochs: int, material: Material
     ) -> tuple[Session, float]:
         """A trained run of a cell and the seconds that training took; settings None are the method's own."""
-        changes: dict[str, Any] = {"data": cell.data, "method": cell.method, "seed": cell.seed, "epochs": epochs}
-        changes |= {"patience": epochs}  # every run has all its epochs
+        changes: dict[str, Any] = {"epochs": epochs, "patience": epochs}  # every run has all its epochs
         if settings is not None:
             changes |= {"lr": settings[0], "weight_decay": settings[1]}
-        session = prepare(self.grid.base.model_copy(update=changes), None, self.quiet, material=material)
+        config = self._config(cell).model_copy(update=changes)
+        session = prepare(config, None, self.quiet, material=material)
         began = time.perf_counter()
         fit(session, self.quiet)
         return session, time.perf_counter() - began
+
+    def _config(self, cell: Cell) -> TrainConfig:
+        """The settings that all runs of a cell share; a variant's targets are probed when that was not done yet."""
+        name, targets = variant(cell.method)
+        config = self.grid.base.model_copy(update={"data": cell.data, "method": name, "seed": cell.seed})
+        if targets == ("probe",):
+            place = self.out / "probes" / f"{label(cell.data).replace('/', '-')}-{cell.seed}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{place}.lock"):  # the same probe serves several methods
+                targets = auto_targets(config, place, self.quiet)
+        return config.model_copy(update={"targets": targets}) if targets else config
 
     def _test_score(self, session: Session) -> float:
         if self.grid.select == "test-best":
@@ -203,6 +224,10 @@ def _value(record: Record) -> search.Value:
     return search.FAILED if record["kind"] == "failure" else (record["score"], -record["loss"])
 
 
+def _mean(values: Sequence[search.Value]) -> search.Value:
+    return sum(v[0] for v in values) / len(values), sum(v[1] for v in values) / len(values)
+
+
 def _best(trials: Sequence[Record]) -> Record | None:
     """The settings with the best mean value, of those tried in as many cells as any, and that value as their score.
 
@@ -212,7 +237,7 @@ def _best(trials: Sequence[Record]) -> Record | None:
     for record in trials:
         values.setdefault((record["lr"], record["weight_decay"]), []).append(_value(record))
     most = max(map(len, values.values()), default=0)
-    means = {key: tuple(sum(p) / most for p in zip(*v, strict=True)) for key, v in values.items() if len(v) == most}
+    means = {key: _mean(v) for key, v in values.items() if len(v) == most}
     best = max(means, key=lambda key: means[key], default=None)
     if best is None or means[best] == search.FAILED:
         return None

@@ -1,0 +1,159 @@
+"""Subspace training: θ = θ0 + s·P z, the targets' weights move in a random d-dimensional subspace, z starts at zero.
+
+P is fixed and random (`projections`), a piece of it for every segment, and all segments share z. Its columns have
+length one over all D weights that may move, and s = 8·√(D/d): every entry of s·P then has the variance 64/d, so that a
+step of Adam, which moves each entry of z by the learning rate, moves a weight eight times as far as if it were trained
+directly, whatever d is. One learning rate therefore serves all d. The 8 makes up for directions that are not the
+gradient's; how it was found, and that no d is favoured by it, stands in benchmarks/README.md.
+
+With --said every segment's part is multiplied by a trained number that starts at one; z then has so many entries fewer.
+With --projection identity the weights are trained directly, as D entries of z.
+
+This is what `kadapt probe-id` measures intrinsic dimension with, and a way to adapt a model by itself.
+
+Sources: Li et al., "Measuring the Intrinsic Dimension of Objective Landscapes", ICLR 2018; Aghajanyan et al.,
+"Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning", ACL 2021 (SAID).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kadapt_cli.config import TrainConfig
+from kadapt_cli.errors import UsageError
+from kadapt_cli.models import Segment, replace_linear
+from kadapt_cli.projections import DENSE_BYTES, Dense, Fastfood, Identity, Moved, Projection, Sparse
+
+SUMMARY = "a random d-dimensional subspace of the targets' weights"
+FORMULA = "dims"
+LR = 1e-3
+OPTIONS = ("dims", "projection", "said", "scale")
+UNMERGED = ""
+
+DIMS = 1000
+STEP = 8.0
+RANDOM: dict[str, Callable[[int, int, torch.Generator], Projection]]
+RANDOM = {"fastfood": Fastfood, "dense": Dense, "sparse": Sparse}
+
+
+class SubspaceLinear(nn.Module):
+    """A linear layer of which some row segments move in a subspace; x (..., K) gives (..., N).
+
+    Segments that move and rows that do not are multiplied apart, so that gradients are made of the former alone.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, z: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.z = z
+        self.rows: list[tuple[int, int]] = []
+        self.scales: list[float] = []
+        self.factors: list[Tensor | None] = []
+        self.projections = nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts, done = [], 0
+        for (start, stop), scale, factor, projection in zip(
+            self.rows, self.scales, self.factors, self.projections, strict=True
+        ):
+            if start > done:
+                parts.append((self.weight[done:start], done, start))
+            by = self.z.new_tensor(scale) if factor is None else scale * factor
+            parts.append((Moved.apply(self.z, by, self.weight[start:stop], projection), start, stop))
+            done = stop
+        if done < len(self.weight):
+            parts.append((self.weight[done:], done, len(self.weight)))
+        outputs = [F.linear(x, w, None if self.bias is None else self.bias[a:b]) for w, a, b in parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def size(segment: Segment) -> int:
+    """How many weights a segment has."""
+    return (segment.stop - segment.start) * segment.in_features
+
+
+def resolve(config: TrainConfig, segments: Sequence[Segment]) -> TrainConfig:
+    """The configuration with d and the scale 8·√(D/d) filled in where they were not given.
+
+    Raises:
+        UsageError: d is larger than D, or leaves no entry of z beside SAID's factors; a dense P that is too large.
+    """
+    total = sum(map(size, segments))
+    identity = config.projection == "identity"
+    dims = config.dims or (total if identity else min(DIMS, total))
+    if dims > total or (identity and dims != total):
+        raise UsageError(
+            f"--dims: {dims} was given, but the targets have D = {total:,} weights; "
+            + ("leave it out, as --projection identity trains all of them" if identity else "give at most as many")
+        )
+    if config.said and dims <= len(segments):
+        raise UsageError(f"--dims: --said takes one of them for each of {len(segments)} tensors; give more than {dims}")
+    if config.projection == "dense" and 4 * dims * total > DENSE_BYTES:
+        raise UsageError(
+            f"--projection dense: {dims:,} columns of {total:,} numbers need {4e-9 * dims * total:.0f} GB; use fastfood"
+        )
+    scale = config.scale or (1.0 if identity else STEP * (total / dims) ** 0.5)
+    return config.model_copy(update={"dims": dims, "scale": scale})
+
+
+def pieces(segments: Sequence[Segment], config: TrainConfig) -> list[tuple[Segment, Projection, float]]:
+    """Each segment's part of P, drawn by the seed, and the scale that makes the columns of all parts that of s·P."""
+    dims, scale = config.dims, config.scale
+    assert dims is not None
+    assert scale is not None
+    generator = torch.Generator().manual_seed(config.seed)
+    total = sum(map(size, segments))
+    width, start = dims - len(segments) * config.said, 0
+    found: list[tuple[Segment, Projection, float]] = []
+    for segment in segments:
+        count = size(segment)
+        if config.projection == "identity":
+            found.append((segment, Identity(count, dims, start), scale))
+            start += count
+            continue
+        found.append((segment, RANDOM[config.projection](count, width, generator), scale * (count / total) ** 0.5))
+    return found
+
+
+def inject(model: nn.Module, segments: Sequence[Segment], config: TrainConfig) -> dict[str, nn.Parameter]:
+    """Replace the linears that hold the segments by ones that move; the output stays the same at first.
+
+    Returns:
+        z, and with SAID a factor a segment, by their names.
+    """
+    assert config.dims is not None
+    parameters = {"z": nn.Parameter(torch.zeros(config.dims - len(segments) * config.said))}
+    for segment, projection, scale in sorted(pieces(segments, config), key=lambda piece: piece[0].start):
+        layer = model.get_submodule(segment.module)
+        if not isinstance(layer, SubspaceLinear):
+            make = lambda weight, bias: SubspaceLinear(weight, bias, parameters["z"])  # noqa: E731
+            layer = replace_linear(model, segment.module, make)
+        assert isinstance(layer, SubspaceLinear)
+        layer.rows.append((segment.start, segment.stop))
+        layer.scales.append(scale)
+        layer.projections.append(projection)
+        layer.factors.append(None)
+        if config.said:
+            name = _factor_name(segment)
+            layer.factors[-1] = parameters[name] = nn.Parameter(torch.ones(()))
+            layer.register_parameter(name.replace(".", "_"), parameters[name])
+    return parameters
+
+
+def merge(
+    state: dict[str, Tensor], tensors: Mapping[str, Tensor], segments: Sequence[Segment], config: TrainConfig
+) -> None:
+    """Add s·P z to the backbone's float64 state dict, in place."""
+    for segment, projection, scale in pieces(segments, config):
+        delta = scale * projection.double().multiply(tensors["z"].double())
+        if config.said:
+            delta *= tensors[_factor_name(segment)].double()
+        rows = state[f"{segment.module}.weight"][segment.start : segment.stop]
+        rows += delta.view(rows.shape)
+
+
+def _factor_name(segment: Segment) -> str:
+    return f"blocks.{segment.block}.{segment.name}.factor"

@@ -1,0 +1,173 @@
+"""Random maps P of a short vector z (d,) to a long one (D,), with columns of unit length on average.
+
+`Fastfood` stacks ⌈D/L⌉ blocks of L = 2^⌈log₂ d⌉ rows,
+
+    block b of P z = c · H G_b Π H B z        H Walsh-Hadamard, B random signs, Π a permutation, G_b normal numbers
+
+with z padded by zeros to L. B and Π are shared by the blocks, so that Π H B z is computed once; without Π two columns
+would be permutations of each other. Every entry of a column is then a normal number of its own. It costs D·log₂ L
+additions and stores D + O(L) numbers, where a dense P needs D·d of both.
+
+`Dense` and `Sparse` are the plain alternatives, `Identity` is P = I, which trains the weights directly.
+
+Sources: Le, Sarlós and Smola, "Fastfood", ICML 2013; Li et al., "Measuring the Intrinsic Dimension of Objective
+Landscapes", ICLR 2018; Li, Hastie and Church, "Very Sparse Random Projections", KDD 2006 (the density of `Sparse`).
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kadapt_kernels import hadamard_
+
+CHUNK = 1 << 17  # numbers that a transform works on at a time: they stay in the cache and are few beside D
+DENSE_BYTES = 2 << 30
+
+
+class Projection(nn.Module, ABC):
+    """A fixed linear map from `dims` to `size` numbers; moved and converted like any module, and never trained."""
+
+    def __init__(self, size: int, dims: int) -> None:
+        super().__init__()
+        self.size = size
+        self.dims = dims
+
+    @abstractmethod
+    def multiply(self, z: Tensor) -> Tensor:
+        """P z (size,), in fresh memory."""
+
+    @abstractmethod
+    def adjoint(self, g: Tensor) -> Tensor:
+        """Pᵀ g (dims,)."""
+
+
+class Fastfood(Projection):
+    """See the module's docstring; takes z of fewer entries than `length` as padded with zeros."""
+
+    sign: Tensor
+    order: Tensor
+    gauss: Tensor
+
+    def __init__(self, size: int, dims: int, generator: torch.Generator) -> None:
+        super().__init__(size, dims)
+        self.length = 1 << (dims - 1).bit_length()
+        blocks = -(-size // self.length)
+        sign = 2 * torch.randint(0, 2, (self.length,), generator=generator, dtype=torch.float32) - 1
+        self.register_buffer("sign", sign, persistent=False)
+        self.register_buffer("order", torch.randperm(self.length, generator=generator), persistent=False)
+        gauss = torch.randn(blocks, self.length, generator=generator)
+        gauss *= (size * self.length * gauss.square().mean()).rsqrt()  # a block's columns have length √L · |G_b|
+        self.register_buffer("gauss", gauss, persistent=False)
+
+    def multiply(self, z: Tensor) -> Tensor:
+        """P z (size,), in fresh memory of up to L numbers more."""
+        mixed = self._mixed(z * self.sign[: self.dims])[self.order]
+        out = self.gauss * mixed
+        for part in out.split(self._rows()):
+            hadamard_(part)
+        return out.view(-1)[: self.size]
+
+    def adjoint(self, g: Tensor) -> Tensor:
+        """Pᵀ g (dims,)."""
+        total = g.new_zeros(self.length)
+        rows = self._rows()
+        for index, gauss in enumerate(self.gauss.split(rows)):
+            start = index * rows * self.length
+            part = g.new_zeros(gauss.shape)
+            given = g[start : start + part.numel()]
+            part.view(-1)[: len(given)] = given
+            total += (hadamard_(part) * gauss).sum(0)
+        unordered = torch.empty_like(total)
+        unordered[self.order] = total
+        return hadamard_(unordered)[: self.dims] * self.sign[: self.dims]
+
+    def _mixed(self, z: Tensor) -> Tensor:
+        padded = z.new_zeros(self.length)
+        padded[: self.dims] = z
+        return hadamard_(padded)
+
+    def _rows(self) -> int:
+        return max(1, CHUNK // self.length)
+
+
+class Dense(Projection):
+    """Normal numbers; D·d of them are stored."""
+
+    matrix: Tensor
+
+    def __init__(self, size: int, dims: int, generator: torch.Generator) -> None:
+        super().__init__(size, dims)
+        matrix = torch.randn(size, dims, generator=generator)
+        self.register_buffer("matrix", matrix / matrix.norm(dim=0), persistent=False)
+
+    def multiply(self, z: Tensor) -> Tensor:
+        """P z (size,), in fresh memory."""
+        return self.matrix @ z
+
+    def adjoint(self, g: Tensor) -> Tensor:
+        """Pᵀ g (dims,)."""
+        return self.matrix.T @ g
+
+
+class Sparse(Projection):
+    """d·√D entries ±1 at random places, others zero, columns then scaled to length one."""
+
+    row: Tensor
+    column: Tensor
+    value: Tensor
+
+    def __init__(self, size: int, dims: int, generator: torch.Generator) -> None:
+        super().__init__(size, dims)
+        each = max(1, round(size**0.5))
+        row = torch.randint(0, size, (dims, each), generator=generator)
+        value = 2.0 * torch.randint(0, 2, (dims, each), generator=generator) - 1
+        self.register_buffer("row", row.view(-1), persistent=False)
+        self.register_buffer("column", torch.arange(dims).repeat_interleave(each), persistent=False)
+        self.register_buffer("value", value.view(-1) / each**0.5, persistent=False)
+
+    def multiply(self, z: Tensor) -> Tensor:
+        """P z (size,), in fresh memory."""
+        return z.new_zeros(self.size).index_add_(0, self.row, self.value * z[self.column])
+
+    def adjoint(self, g: Tensor) -> Tensor:
+        """Pᵀ g (dims,)."""
+        return g.new_zeros(self.dims).index_add_(0, self.column, self.value * g[self.row])
+
+
+class Identity(Projection):
+    """The `size` entries of z from `start` on."""
+
+    def __init__(self, size: int, dims: int, start: int) -> None:
+        super().__init__(size, dims)
+        self.start = start
+
+    def multiply(self, z: Tensor) -> Tensor:
+        """P z (size,), in fresh memory."""
+        return z[self.start : self.start + self.size].clone()
+
+    def adjoint(self, g: Tensor) -> Tensor:
+        """Pᵀ g (dims,)."""
+        out = g.new_zeros(self.dims)
+        out[self.start : self.start + self.size] = g
+        return out
+
+
+class Moved(torch.autograd.Function):
+    """θ0 + s·P z for a weight θ0 (rows, K) that stays frozen: of the size of θ0 only its result is ever made."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, scale: Tensor, weight: Tensor, projection: Projection) -> Tensor:
+        """The moved weight; scale is a number in a tensor, trained or not."""
+        moved = projection.multiply(z)
+        ctx.projection = projection
+        ctx.save_for_backward(z, scale)
+        return moved.mul_(scale).view(weight.shape).add_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of z and of the scale."""
+        z, scale = ctx.saved_tensors
+        back = ctx.projection.adjoint(gradients[0].reshape(-1))
+        return back * scale, (back @ z).view(scale.shape) if ctx.needs_input_grad[1] else None, None, None

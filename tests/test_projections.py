@@ -1,0 +1,102 @@
+"""Random projections: what they are on the dense matrix in float64, their gradients, their memory."""
+
+import pytest
+import torch
+
+from kadapt_cli.projections import Dense, Fastfood, Identity, Moved, Projection, Sparse
+
+SIZE, DIMS = 1000, 37
+
+
+def drawn(kind: str, size: int = SIZE, dims: int = DIMS, seed: int = 0) -> Projection:
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "identity":
+        return Identity(size, dims, start=0).double()
+    return {"fastfood": Fastfood, "dense": Dense, "sparse": Sparse}[kind](size, dims, generator).double()
+
+
+def matrix(projection: Projection) -> torch.Tensor:
+    return torch.stack([projection.multiply(z) for z in torch.eye(projection.dims, dtype=torch.float64)], 1)
+
+
+@pytest.mark.parametrize("kind", ["fastfood", "dense", "sparse"])
+@pytest.mark.parametrize(("size", "dims"), [(SIZE, DIMS), (64, 64), (1, 1), (5, 4), (300_000, 3), (4097, 1)])
+def test_the_adjoint_is_that_of_the_dense_matrix(kind, size, dims):
+    projection = drawn(kind, size, dims)
+    p = matrix(projection)
+    g = torch.randn(size, dtype=torch.float64)
+    assert p.shape == (size, dims)
+    torch.testing.assert_close(projection.adjoint(g), p.T @ g, rtol=1e-12, atol=1e-12)
+
+
+def test_the_identity_takes_its_part_of_z():
+    projection = Identity(3, 8, start=4)
+    z = torch.arange(8.0)
+    assert projection.multiply(z).tolist() == [4, 5, 6]
+    assert projection.adjoint(torch.tensor([1.0, 2, 3])).tolist() == [0, 0, 0, 0, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize(("kind", "off"), [("fastfood", 0.1), ("dense", 1e-5), ("sparse", 0.1)])
+def test_columns_have_length_one_and_are_nearly_orthogonal(kind, off):
+    p = matrix(drawn(kind, 20_000, 100))
+    lengths = p.norm(dim=0)
+    assert (lengths - 1).abs().max() < off
+    assert (p.T @ p - torch.diag(lengths.square())).abs().max() < 0.05  # √(2 ln 100² / 20,000) = 0.03 for normal ones
+
+
+def test_fastfood_entries_are_normal_numbers():
+    """A sum of a column's products that dense Gaussian columns have, and that plain Hadamard columns have not."""
+    p = matrix(drawn("fastfood", 20_000, 100)) * 20_000**0.5
+    assert p.mean().abs() < 0.01
+    assert (p.pow(2).mean() - 1).abs() < 0.02
+    assert (p.pow(4).mean() - 3).abs() < 0.15
+    rows = p @ p[:128].T / 100
+    assert rows[128:].pow(2).mean().sqrt() < 0.105  # of other blocks: 1/√100, as for independent rows
+    assert (rows[:128] - torch.diag(rows[:128].diagonal())).pow(2).mean().sqrt() < 0.2  # of one block
+
+
+def test_two_columns_are_no_permutations_of_each_other():
+    """Without Π they would be, block by block."""
+    p = matrix(drawn("fastfood", 64, 64)).abs().sort(dim=0).values
+    assert all(not torch.allclose(p[:, 0], p[:, k]) for k in range(1, 64))
+
+
+@pytest.mark.parametrize("kind", ["fastfood", "dense", "sparse"])
+def test_a_seed_gives_one_projection(kind):
+    assert torch.equal(matrix(drawn(kind, seed=1)), matrix(drawn(kind, seed=1)))
+    assert not torch.equal(matrix(drawn(kind, seed=1)), matrix(drawn(kind, seed=2)))
+
+
+@pytest.mark.parametrize("kind", ["fastfood", "dense", "sparse", "identity"])
+def test_gradients_are_autograds_on_the_dense_matrix(kind):
+    dims = 60 if kind == "identity" else 7
+    projection, weight = drawn(kind, 60, dims), torch.randn(6, 10, dtype=torch.float64)
+    p, x = matrix(projection), torch.randn(3, 10, dtype=torch.float64)
+    z = torch.randn(dims, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    found = torch.autograd.grad((x @ Moved.apply(z, scale, weight, projection).T).sin().sum(), (z, scale))
+    dense = weight + (scale * (p @ z)).view(6, 10)
+    wanted = torch.autograd.grad((x @ dense.T).sin().sum(), (z, scale))
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_memory_is_three_numbers_a_weight():
+    """G, the moved weight, and its gradient; nothing else of the size of D is alive at once."""
+    size, dims = 1 << 22, 64
+    projection = Fastfood(size, dims, torch.Generator().manual_seed(0))
+    weight, x = torch.randn(2048, 2048), torch.randn(4, 2048)
+    z, scale = torch.zeros(dims, requires_grad=True), torch.tensor(1.0)
+    kept = sum(b.numel() * b.element_size() for b in projection.buffers())
+
+    def step() -> None:
+        torch.nn.functional.linear(x, Moved.apply(z, scale, weight, projection)).sum().backward()
+
+    step()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    assert (kept + peak) / (4 * size) < 3.1
