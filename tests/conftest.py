@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 # Tests run in as many processes as there are cores; torch must not start that many threads in each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # reads the line above
+
+from kadapt_cli import cli
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be known before they are imported.
 if not torch.cuda.is_available():
@@ -53,3 +56,22 @@ def split_photos(copy_photos: Callable[..., Path], tmp_path: Path) -> Path:
     for split, count, start in (("train", 8, 0), ("val", 3, 20), ("test", 4, 40)):
         copy_photos(root / split, {"daisy": count, "rose": count, "tulip": count}, start)
     return root
+
+
+@pytest.fixture
+def run_cli(capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+    """run_cli("train", …) -> (exit code, stdout, stderr), through the same `main` as the console script."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kadapt", *map(str, arguments)])
+        for stream in (sys.stdout, sys.stderr):
+            monkeypatch.setattr(stream, "reconfigure", lambda **_: None, raising=False)
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

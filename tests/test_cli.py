@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,25 +17,6 @@ from kadapt_cli import cli
 from kadapt_kernels import blocks
 
 FAST = ["--epochs", "2", "--batch-size", "16"]
-
-
-@pytest.fixture
-def run_cli(capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
-    """run_cli("train", …) -> (exit code, stdout, stderr), through the same `main` as the console script."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kadapt", *map(str, arguments)])
-        for stream in (sys.stdout, sys.stderr):
-            monkeypatch.setattr(stream, "reconfigure", lambda **_: None, raising=False)
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -239,14 +239,17 @@ def test_methods_and_seeds_can_be_added_later(folders, tmp_path):
         run(grid_of(folders[:1], search="coarse"), tmp_path)
 
 
-def scripted(monkeypatch, *, test: dict[float, float], val: dict[float, float]):
+def scripted(
+    monkeypatch, *, test: dict[float, float], val: dict[float, float], trashnet: dict[float, float] | None = None
+):
     """Trials and final runs that train nothing: their scores are those of their learning rate."""
     real = worker.prepare
     finals = []
 
     def prepare(config, out, display, material):
         session = real(config, out, display, material=material)
-        session.history = [{"val_accuracy": val[config.lr], "val_loss": 1.0, "time_s": 1.0, "kept": True}]
+        here = trashnet if trashnet and "trashnet" in config.data else val
+        session.history = [{"val_accuracy": here[config.lr], "val_loss": 1.0, "time_s": 1.0, "kept": True}]
         return session
 
     def score(self, session):
@@ -283,6 +286,37 @@ def test_pooled_takes_one_setting_for_all_data_sets_and_seeds(folders, tmp_path,
     trials = [r for r in records if r["kind"] == "trial"]
     assert {r["seed"] for r in trials} == {1}  # only the first seed is searched
     assert len(trials) == 2 * 5
+
+
+def test_pooled_searches_on_from_what_all_data_sets_say(folders, tmp_path, monkeypatch):
+    """The trial with a large decay is made at the rate that is best on average, so that it can be chosen."""
+    there = dict(zip(RATES, (0.1, 0.8, 0.7, 0.1), strict=True))
+    here = dict(zip(RATES, (0.1, 0.1, 0.7, 0.9), strict=True))
+    scripted(monkeypatch, test=dict.fromkeys(RATES, 0.5), val=here, trashnet=there)
+    run(grid_of(folders, methods=("bitfit",), search="coarse", select="pooled"), tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
+    last = [(r["data"], r["lr"], r["weight_decay"]) for r in records if r["kind"] == "trial" and r["trial"] == 4]
+    assert last == [("flowers5", 4e-3, 0.3), ("trashnet", 4e-3, 0.3)]
+
+
+def test_a_method_can_be_compared_on_other_targets(folders, tmp_path, monkeypatch):
+    asked = []
+
+    def auto_targets(config, out, display):
+        asked.append((Path(config.data).name, config.seed, out))
+        return ("blocks.2.fc1",)
+
+    monkeypatch.setattr(worker, "auto_targets", auto_targets)
+    methods = ("kadaptation@blocks.0.q,blocks.0.v", "kadaptation@probe", "bitfit")
+    document = run(grid_of(folders[:1], methods=methods), tmp_path).document
+    assert [row["method"] for row in document["rows"]] == list(methods)
+    rules, both = 2 * 32**2, 6 + 6
+    assert [row["adapter"] for row in document["rows"][:2]] == [2 * rules + 2 * 32 * both + 192, rules + 32 * (24 + 6)]
+    assert asked == [("flowers5", 0, tmp_path / "probes" / "flowers5-0")]
+    with pytest.raises(UsageError, match="unknown method 'kadapt'; did you mean"):
+        run(grid_of(folders[:1], methods=("kadapt@probe",)), tmp_path)
+    with pytest.raises(UsageError, match="--targets: 'atn' matches nothing"):
+        run(grid_of(folders[:1], methods=("lora@atn",)), tmp_path)
 
 
 def test_test_best_reports_the_best_epoch_on_the_test_images(folders, tmp_path, monkeypatch):

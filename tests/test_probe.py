@@ -1,6 +1,9 @@
 """Intrinsic dimension: curves, a planted case, the selection, and probes of real photos from end to end."""
 
+import json
 import math
+import tomllib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from kadapt_cli import probe
 from kadapt_cli.adapters.subspace import SubspaceLinear
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import folds, open_images
-from kadapt_cli.errors import UsageError
+from kadapt_cli.errors import InterruptedRunError, UsageError
 from kadapt_cli.evaluate import load_backbone
 from kadapt_cli.probe.dimension import Dimension, choose, crossing, explore, grid, halfway, over_seeds
 from kadapt_cli.projections import Fastfood
@@ -97,7 +100,7 @@ class Planted(nn.Module):
         moving.rows, moving.scales, moving.factors = [(0, frozen.out_features)], [1.0], [None]
         moving.projections.append(Fastfood(frozen.weight.numel(), d, torch.Generator().manual_seed(seed)))
         setattr(self, layer, moving)
-        optimizer = torch.optim.LBFGS([z], max_iter=200, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([z], max_iter=60, line_search_fn="strong_wolfe")
 
         def closure() -> torch.Tensor:
             optimizer.zero_grad()
@@ -161,3 +164,167 @@ def test_candidates_are_patterns_of_targets():
         assert len(chosen) == candidate.tensors
     with pytest.raises(UsageError, match=r"--groups: 'atn' matches nothing in vit32; it has attn, mlp, q, k, v, proj"):
         probe.candidates(backbone, ("atn",), "block")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, request):
+    """A probe of two groups over all blocks: its folder, plan and document."""
+    tasks = request.getfixturevalue("tasks")
+    out = tmp_path_factory.mktemp("probe") / "out"
+    wanted = plan(tasks / "flowers5", groups=("q", "fc1"), per="model")
+    return out, wanted, probe.probe(wanted, out, Quiet())
+
+
+def test_a_probe_writes_what_it_found(measured):
+    out, _, document = measured
+    assert json.loads((out / "probe.json").read_text()) == document
+    assert document["schema_version"] == 1
+    assert set(document["baseline"]) == {"full", "head", "chance"}
+    assert document["baseline"]["chance"] == 0.2
+    assert [m["name"] for m in document["modules"]] == ["q", "fc1"]
+    for module in document["modules"]:
+        keys = {"name", "D", "direct", "d90", "d90_low", "d90_high", "trials"}
+        assert keys <= module.keys()
+        tried = [t["d"] for t in module["trials"]]
+        assert {"direct", 4, 64} <= set(tried)
+        assert len(tried) == len(set(tried)) <= 4  # one halving at most
+        assert all(t.keys() == {"d", "seed", "lr", "score"} for t in module["trials"])
+        target = 0.9 * module["direct"]
+        curve = {t["d"]: t["score"] for t in module["trials"] if t["d"] != "direct"}
+        curve[0] = document["baseline"]["head"]
+        if module["d90"] is not None:
+            assert module["d90_low"] <= module["d90"] <= module["d90_high"]
+            assert curve[module["d90_high"]] >= target
+    assert set(document["selected"]) <= {"q", "fc1"}
+    assert (out / "probe.csv").read_text().count("\n") == 1 + sum(len(m["trials"]) for m in document["modules"])
+    assert (out / "probe.svg").read_text().startswith("<svg")
+
+
+def test_a_second_probe_trains_nothing_and_another_threshold_uses_what_is_there(measured, monkeypatch):
+    out, wanted, document = measured
+    monkeypatch.setattr(probe, "fit", None)
+    assert probe.probe(wanted, out, Quiet()) == document
+    other = probe.probe(replace(wanted, threshold=0.5, refine=0), out, Quiet())
+    assert [m["trials"] for m in other["modules"]] == [m["trials"] for m in document["modules"]]
+    changed = replace(wanted, base=wanted.base.model_copy(update={"epochs": 4}))
+    with pytest.raises(UsageError, match=r"holds a study made with epochs 3, not 4"):
+        probe.probe(changed, out, Quiet())
+
+
+def test_a_stopped_probe_goes_on_to_the_same_numbers(measured, tmp_path, monkeypatch):
+    _, wanted, document = measured
+    real, count = probe.fit, 0
+
+    def fit(session, display):
+        nonlocal count
+        count += 1
+        if count == 7:
+            raise InterruptedRunError("SIGINT: stopped", 130)
+        real(session, display)
+
+    monkeypatch.setattr(probe, "fit", fit)
+    with pytest.raises(InterruptedRunError, match=r"stopped: 3 trials are kept; the same command goes on") as caught:
+        probe.probe(wanted, tmp_path / "out", Quiet())
+    assert caught.value.exit_code == 130
+    assert not (tmp_path / "out" / "probe.json").exists()
+    assert probe.probe(wanted, tmp_path / "out", Quiet()) == document
+    trials = 2 + sum(len(m["trials"]) for m in document["modules"])
+    assert count == 1 + 2 * trials  # two folds each; the interrupted one was done again
+
+
+def test_what_is_no_better_than_chance_has_no_dimension(tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe.Prober, "score", lambda self, seed, name, d="direct": 0.25)
+    document = probe.probe(plan(tasks / "flowers5", per="model"), tmp_path / "out", Quiet())
+    (module,) = document["modules"]
+    assert (module["d90"], module["d90_low"], module["d90_high"]) == (None, None, None)
+    assert module["reason"] == "trained directly it scores 25.0%, no better than chance (34.7% at 95 %)"
+    assert document["selected"] == []
+    with pytest.raises(UsageError, match=r"selected nothing; see the reasons in it"):
+        probe.read_selection(tmp_path / "out" / "probe.json")
+
+
+def test_a_target_that_is_not_reached_has_a_lower_end_only(tasks, tmp_path, monkeypatch):
+    scores = {"direct": 0.9, 4: 0.3, 64: 0.5}
+    monkeypatch.setattr(probe.Prober, "score", lambda self, seed, name, d="direct": scores[d])
+    monkeypatch.setattr(probe.Prober, "_curve", lambda self, seed, name: {0: 0.2, 4: 0.3, 64: 0.5})
+    document = probe.probe(plan(tasks / "flowers5", per="model"), tmp_path / "out", Quiet())
+    (module,) = document["modules"]
+    assert (module["d90"], module["d90_low"], module["d90_high"]) == (None, 64, None)
+    assert module["reason"] == "no d up to 64 reached its target with every seed"
+
+
+def test_train_adapts_exactly_the_selection(run_cli, measured, tmp_path):
+    document = measured[2]
+    chosen = tmp_path / "probe.json"
+    chosen.write_text(json.dumps(document | {"selected": ["blocks.2.fc1", "blocks.0.q"]}))
+    data = ("--data", document["data"], "--shots", 5)
+    code, text, _ = run_cli("train", *data, "--targets", chosen, "--dry-run", "--json")
+    assert code == 0
+    counts = json.loads(text)["parameters"]
+    assert counts["adapter"] == 4 * 32**2 + (6 + 6) * 32 + 192 + (24 + 6) * 32  # rules; q's u, v and bias; fc1's u, v
+    with_glob = run_cli("train", *data, "--targets", "blocks.2.fc1,blocks.0.q", "--dry-run", "--json")
+    assert json.loads(with_glob[1])["parameters"] == counts
+    for name, words in (("none.json", "cannot be read"), ("bad.json", "is no probe.json of kadapt")):
+        (tmp_path / "bad.json").write_text("[1, 2]")
+        code, _, errors = run_cli("train", *data, "--targets", tmp_path / name, "--dry-run")
+        assert code == 2
+        assert words in errors
+
+
+def test_train_probes_first_when_asked_to(run_cli, tasks, tmp_path, monkeypatch):
+    def score(self, seed, name, d="direct"):
+        """blocks.4.mlp needs least."""
+        return {"direct": 0.9, 16: 0.85 if name == "blocks.4.mlp" else 0.4, 256: 0.85, 4096: 0.9}[d]
+
+    monkeypatch.setattr(probe.Prober, "score", score)
+    curve = lambda self, seed, name: {0: 0.3} | {d: score(self, seed, name, d) for d in (16, 256, 4096)}  # noqa: E731
+    monkeypatch.setattr(probe.Prober, "_curve", curve)
+    data = ("--data", tasks / "flowers5", "--shots", 4, "--epochs", 1, "--targets", "auto")
+    code, _, errors = run_cli("train", *data, "--out", tmp_path / "run", "--json")
+    assert code == 0, errors
+    selected = json.loads((tmp_path / "run-probe" / "probe.json").read_text())["selected"]
+    assert selected[0] == "blocks.4.mlp"
+    assert len(selected) == 6
+    with (tmp_path / "run" / "config.toml").open("rb") as file:
+        assert tomllib.load(file)["targets"] == selected
+    assert run_cli("train", *data, "--out", tmp_path / "other", "--dry-run")[0] == 2
+
+
+WRONG = [
+    (
+        ["--groups", "attn,conv"],
+        "--groups: 'conv' matches nothing in vit32; it has attn, mlp, q, k, v, proj,",
+    ),
+    (
+        ["--dims", "4,147457"],
+        "--dims: 147457 was given, but blocks.0.attn has D = 147,456 weights; give numbers",
+    ),
+    (["--dims", "0"], "--dims: 0 was given, but blocks.0.attn has D = 147,456 weights"),
+    (["--dims", "many"], "--dims: whole numbers from 0 were expected, separated by commas, 'many' given"),
+    (["--said", "--dims", "4"], "and --said takes 4 of d; give numbers from 5 to 147456"),
+    (["--threshold", "1"], "--threshold: a number between 0 and 1 was expected, 1 given"),
+    (["--threshold", "0"], "--threshold: a number between 0 and 1 was expected, 0 given"),
+    (["--folds", "6"], "--folds: 6 folds of 5 shots a class; give at most as many"),
+    (["--keep", "2", "--budget", "9"], "--keep: was given beside --budget; give one of them"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), WRONG, ids=[" ".join(options) for options, _ in WRONG])
+def test_wrong_options_leave_nothing_behind(run_cli, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, errors = run_cli("probe-id", *options)
+    assert (code, out) == (2, "")
+    assert words in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_probe_id_shows_its_table_and_prints_its_json(run_cli, measured, tmp_path):
+    out, _, document = measured
+    options = ("--data", document["data"], "--groups", "q,fc1", "--per", "model", "--dims", "4,64", "--shots", 4)
+    options += ("--epochs", 3, "--folds", 2, "--refine", 1, "--out", out)
+    code, text, _ = run_cli("probe-id", *options)
+    assert code == 0
+    assert "fc1" in text
+    assert "full fine-tuning" in text
+    code, text, _ = run_cli("probe-id", *options, "--json")
+    assert json.loads(text) == document
