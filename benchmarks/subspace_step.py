@@ -2,8 +2,8 @@
 
     python benchmarks/subspace_step.py [--dims 64 1024 16384] [--batch 8] [--threads 2]
 
-A step is forward and backward of ViT-B/16 with block 6's fc1 in a subspace; the projection's part of it is P z and Pᵀ g,
-timed by themselves right after each step, so that both see the same machine.
+A step is forward and backward of ViT-B/16 with fc1 of block 6 in a subspace; the projection, P z and Pᵀ g, is
+timed by itself right after each step, so that both see the same machine.
 """
 
 import argparse
