@@ -70,7 +70,7 @@ def test_only_the_targets_move_and_by_s_p_z(options):
     assert sum(tensor.numel() for tensor in adapted.adapter.values()) == adapted.config.dims == dims
     if not options.get("said"):
         moved = torch.cat([(merged[key] - plain[key]).flatten() for key in sorted(weights)])
-        size = 1 if options.get("projection") == "identity" else 8 * adapted.adapter["z"].detach().norm() / dims**0.5
+        size = 1 if options.get("projection") == "identity" else 16 * adapted.adapter["z"].detach().norm() / dims**0.5
         assert moved.std().item() == pytest.approx(float(size), rel=0.1)
 
 
@@ -106,3 +106,9 @@ def test_a_seed_is_a_subspace():
 
     assert torch.equal(drawn(3), drawn(3))
     assert not torch.equal(drawn(3), drawn(4))
+
+
+def test_a_step_is_that_of_direct_training_at_d_equal_to_all():
+    assert adapted_with(targets=("blocks.2.v",), dims=36864).config.scale == 1
+    assert adapted_with(targets=("blocks.2.v",), dims=9216).config.scale == 4  # √4 · √4
+    assert adapted_with(targets=("blocks.2.v",), dims=9).config.scale == 16 * 64

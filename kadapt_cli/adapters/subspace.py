@@ -1,10 +1,11 @@
 """Subspace training: θ = θ0 + s·P z, the targets' weights move in a random d-dimensional subspace, z starts at zero.
 
 P is fixed and random (`projections`), a piece of it for every segment, and all segments share z. Its columns have
-length one over all D weights that may move, and s = 8·√(D/d): every entry of s·P then has the variance 64/d, so that a
-step of Adam, which moves each entry of z by the learning rate, moves a weight eight times as far as if it were trained
-directly, whatever d is. One learning rate therefore serves all d. The 8 makes up for directions that are not the
-gradient's; how it was found, and that no d is favoured by it, stands in benchmarks/README.md.
+length one over all D weights that may move, and s = c·√(D/d): every entry of s·P then has the variance c²/d, so that a
+step of Adam, which moves each entry of z by the learning rate, moves a weight c times as far as if it were trained
+directly. c = min(16, √(D/d)): of a gradient, a subspace holds the part √(d/D), so that the way to the same loss is
+√(D/d) times as long; 16 is the most that did not harm. One learning rate then serves all d, and d = D is direct
+training. How c was found stands in benchmarks/README.md.
 
 With --said every segment's part is multiplied by a trained number that starts at one; z then has so many entries fewer.
 With --projection identity the weights are trained directly, as D entries of z.
@@ -33,7 +34,7 @@ OPTIONS = ("dims", "projection", "said", "scale")
 UNMERGED = ""
 
 DIMS = 1000
-STEP = 8.0
+LONGEST = 16.0  # c at most
 RANDOM: dict[str, Callable[[int, int, torch.Generator], Projection]]
 RANDOM = {"fastfood": Fastfood, "dense": Dense, "sparse": Sparse}
 
@@ -76,7 +77,7 @@ def size(segment: Segment) -> int:
 
 
 def resolve(config: TrainConfig, segments: Sequence[Segment]) -> TrainConfig:
-    """The configuration with d and the scale 8·√(D/d) filled in where they were not given.
+    """The configuration with d and the scale filled in where they were not given.
 
     Raises:
         UsageError: d is larger than D, or leaves no entry of z beside SAID's factors; a dense P that is too large.
@@ -95,7 +96,8 @@ def resolve(config: TrainConfig, segments: Sequence[Segment]) -> TrainConfig:
         raise UsageError(
             f"--projection dense: {dims:,} columns of {total:,} numbers need {4e-9 * dims * total:.0f} GB; use fastfood"
         )
-    scale = config.scale or (1.0 if identity else STEP * (total / dims) ** 0.5)
+    root = (total / dims) ** 0.5
+    scale = config.scale or (1.0 if identity else min(LONGEST, root) * root)
     return config.model_copy(update={"dims": dims, "scale": scale})
 
 
