@@ -100,12 +100,14 @@ def test_csv_holds_no_formula_and_gives_names_back():
 
 def test_table_has_the_numbers_of_each_module():
     text = shown(
-        document(module(), module("blocks.1.mlp", "mlp", 1, d90=12345.6, d90_low=4096, D=294912, direct=0.655))
+        document(
+            module(), module("blocks.1.mlp", "mlp", 1, d90=12345.6, d90_low=4096, d90_full=9e4, D=294912, direct=0.655)
+        )
     )
     header = text.splitlines()[0].split()
-    assert header == ["submodule", "D", "d90", "low", "high", "d90/D", "%", "direct", "curve"]
-    assert row_of(text, "blocks.0.attn")[1:7] == ["147,456", "85", "64", "256", "0.057", "70.0"]
-    assert row_of(text, "blocks.1.mlp")[1:7] == ["294,912", "12,346", "4,096", "256", "4.2", "65.5"]
+    assert header == ["submodule", "D", "d90", "low", "high", "full", "d90/D", "%", "direct", "curve"]
+    assert row_of(text, "blocks.0.attn")[1:8] == ["147,456", "85", "64", "256", "–", "0.057", "70.0"]
+    assert row_of(text, "blocks.1.mlp")[1:8] == ["294,912", "12,346", "4,096", "256", "90,000", "4.2", "65.5"]
     assert "full fine-tuning 75.0%, head alone 40.0%, chance 10.0%" in text
     assert "scores: accuracy in %, 5-fold cross-validation on 510 images" in text
 
@@ -114,7 +116,7 @@ def test_small_dimensions_do_not_look_like_the_head_alone():
     alone = {"d90": 0.0, "d90_low": 0, "d90_high": 0, "reason": "the head alone reaches the target"}
     text = shown(document(module("a", d90=0.37, d90_low=0, d90_high=4), module("b", **alone)))
     assert row_of(text, "a")[2:5] == ["0.37", "0", "4"]
-    assert row_of(text, "b")[2:6] == ["0", "0", "0", "0"]
+    assert row_of(text, "b")[2:7] == ["0", "0", "0", "–", "0"]
     assert "b: the head alone reaches the target" in text
 
 
@@ -151,7 +153,9 @@ def test_unknown_dimensions_are_dashes_with_their_reasons_grouped():
     assert row_of(shown(document(unknown("a")), encoding="ascii"), "a")[2] == "-"
 
 
-@pytest.mark.parametrize(("width", "kept"), [(80, "D d90 low high d90/D % direct curve"), (40, "d90 direct curve")])
+@pytest.mark.parametrize(
+    ("width", "kept"), [(80, "D d90 low high full d90/D % direct curve"), (40, "d90 direct curve")]
+)
 def test_columns_that_do_not_fit_are_left_out_and_numbers_stay_whole(width, kept):
     found = twelve(d90_low=16384, d90_high=65536)
     text = shown(found, width)
@@ -168,7 +172,7 @@ def test_columns_that_do_not_fit_are_left_out_and_numbers_stay_whole(width, kept
 def test_a_curve_of_many_d_makes_room_for_the_numbers():
     trials = [{"d": d, "seed": 0, "lr": 0.1, "score": 0.5} for d in range(1, 90)]
     text = shown(document(module(trials=trials)))
-    assert text.splitlines()[0].split() == ["submodule", "D", "d90", "low", "high", "d90/D", "%", "direct"]
+    assert text.splitlines()[0].split() == ["submodule", "D", "d90", "low", "high", "full", "d90/D", "%", "direct"]
     assert "curve" not in text
 
 

@@ -139,7 +139,8 @@ class _Report:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         modules, measure = self.document["modules"], _measure(self.document)
         share, ascii_only = f"{measure}/D %", options.ascii_only
-        dims = {key: _dims(modules, key, ascii_only) for key in ("d90", "d90_low", "d90_high", "D")}
+        keys = ("d90", "d90_low", "d90_high", "d90_full", "D")
+        dims = {key: _dims(modules, key, ascii_only) for key in keys}
         shares = [{"share": None if m["d90"] is None else 100 * m["d90"] / m["D"]} for m in modules]
         columns: Columns = {
             measure: [_Column(measure, dims["d90"])],
@@ -148,11 +149,17 @@ class _Report:
             "D": [_Column("D", dims["D"])],
             share: [_Column(share, _dims(shares, "share", ascii_only))],
             "ends": [_Column("low", dims["d90_low"]), _Column("high", dims["d90_high"])],
+            "full": [_Column("full", dims["d90_full"])],
         }
         names = [module["name"] for module in modules]
         kept = _fitting(console, options, names, columns)
-        yield _table(names, columns, [key for key in ("D", measure, "ends", share, "direct", "curve") if key in kept])
-        meant = {"ends": "low, high: the d tried around it", "curve": "curve: scores by d, from chance to the best"}
+        order = ("D", measure, "ends", "full", share, "direct", "curve")
+        yield _table(names, columns, [key for key in order if key in kept])
+        meant = {
+            "ends": "low, high: the d tried around it",
+            "full": "full: the same for the score of full fine-tuning",
+        }
+        meant |= {"curve": "curve: scores by d, from chance to the best"}
         for line in [*self._lines(), "; ".join(words for key, words in meant.items() if key in kept)]:
             if line:
                 yield Text(visible(line), style="dim")
