@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import gpu_correct
 from kadapt_cli.bench import timing
+from kadapt_kernels import hadamard
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,3 +27,12 @@ def test_case_of_the_first_stage(job):
     if row["result"] in ("does not apply", "not run"):
         pytest.skip(row.get("detail") or "this form of the kernels does not take the problem")
     assert row["result"] == "right", row["detail"]
+
+
+@pytest.mark.parametrize("length", [16, 1024, 1 << 17, 1 << 21])
+def test_the_transform_is_as_accurate_as_products(length):
+    x = torch.randn(3, length, device="cuda")
+    answer = hadamard(x.double(), backend="torch")
+    found, products = hadamard(x, backend="triton"), hadamard(x.cpu(), backend="torch").cuda()
+    assert (found - answer).norm() <= 2 * (products - answer).norm() + 1e-7 * answer.norm()
+    assert torch.equal(found, hadamard(x, backend="triton"))
