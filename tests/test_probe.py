@@ -211,6 +211,20 @@ def test_a_second_probe_trains_nothing_and_another_threshold_uses_what_is_there(
         probe.probe(changed, out, Quiet())
 
 
+def test_trials_of_other_images_are_refused(photos, tmp_path, monkeypatch):
+    def score(self, seed, name, d="direct"):
+        return 0.9
+
+    monkeypatch.setattr(probe.Prober, "score", score)
+    probe.probe(plan(photos, per="model"), tmp_path / "out", Quiet())
+    probe.probe(plan(photos, per="model"), tmp_path / "out", Quiet())
+    first = sorted((photos / "rose").iterdir())
+    for photo in first[:6]:
+        photo.unlink()
+    with pytest.raises(UsageError, match=r"photos is not what the trials in --out were made with: images were added"):
+        probe.probe(plan(photos, per="model"), tmp_path / "out", Quiet())
+
+
 def test_a_stopped_probe_goes_on_to_the_same_numbers(measured, tmp_path, monkeypatch):
     _, wanted, document = measured
     real, count = probe.fit, 0

@@ -25,8 +25,8 @@ from kadapt_cli import __version__, runs
 from kadapt_cli.adapters import adapt, method
 from kadapt_cli.compare import page, summary
 from kadapt_cli.compare.grid import Grid, label, variant
-from kadapt_cli.compare.worker import Worker, digest_of, open_cell
-from kadapt_cli.data import ImageSet
+from kadapt_cli.compare.worker import Worker, open_cell
+from kadapt_cli.data import ImageSet, digest_of
 from kadapt_cli.errors import (
     INTERRUPTED,
     TERMINATED,

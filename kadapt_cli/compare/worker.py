@@ -1,6 +1,5 @@
 """One process that fills the cells of a comparison."""
 
-import hashlib
 import itertools
 import multiprocessing
 import time
@@ -15,7 +14,7 @@ from kadapt_cli import metrics
 from kadapt_cli.compare import search
 from kadapt_cli.compare.grid import Cell, Grid, label, variant
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.data import ImageSet, manifest_csv, merged, open_images
+from kadapt_cli.data import ImageSet, digest_of, merged, open_images
 from kadapt_cli.errors import TERMINATED, InterruptedRunError, KadaptError, MachineError
 from kadapt_cli.evaluate import logits
 from kadapt_cli.models import Backbone
@@ -207,11 +206,6 @@ def open_cell(grid: Grid, data: str, seed: int) -> ImageSet:
     images = open_images(data, shots=grid.base.shots, seed=seed, val=val, skip_bad=grid.base.skip_bad)
     choose_metric(images, grid.base.metric)
     return images
-
-
-def digest_of(images: ImageSet) -> str:
-    """What tells one draw of images from another: of every path, class, split and content."""
-    return hashlib.sha256(manifest_csv(images).encode()).hexdigest()[:16]
 
 
 def key_of(cell: Cell) -> tuple[str, str, int]:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from kadapt_cli import runs
 from kadapt_cli.adapters import kadaptation, method, select, subspace
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.data import ImageSet, folds, open_images
+from kadapt_cli.data import ImageSet, digest_of, folds, open_images
 from kadapt_cli.errors import InterruptedRunError, UsageError
 from kadapt_cli.evaluate import load_backbone
 from kadapt_cli.models import Backbone, Segment, segments
@@ -36,6 +36,7 @@ JSON, CSV, PICTURE = "probe.json", "probe.csv", "probe.svg"
 SCHEMA_VERSION = 1
 GROUPS = ("attn", "mlp")
 Record = dict[str, Any]
+Key = tuple[str, str, int]  # module, d and seed of a trial
 AUTO: Record = {"epochs": 10, "batch_size": 8}  # of --targets auto
 AUTO_DIMS, AUTO_FOLDS = (16, 256, 4096), 2
 SIGNIFICANT = 1.64  # standard errors above chance: one-sided 95 %
@@ -128,7 +129,7 @@ def probe(plan: Plan, out: Path, display: Display) -> Record:
                 for candidate in found:
                     prober.measure(candidate)
             except InterruptedRunError as error:
-                kept = f"{len(study.records())} trials are kept; the same command goes on"
+                kept = f"{len(prober.scores)} trials are kept; the same command goes on"
                 raise InterruptedRunError(f"stopped: {kept}", error.exit_code) from None
         document = prober.document(found)
         document["selected"] = selection(plan, backbone, document["modules"])
@@ -174,8 +175,8 @@ class Prober:
         self.study = study
         self.display = display
         self.quiet = Display(display.console, quiet=True)
-        self.materials: dict[int, list[Material]] = {}
-        self.scores: dict[tuple[str, str, int], float] = {_key(record): record["score"] for record in study.records()}
+        self.materials = {seed: self._open(seed) for seed in plan.seeds}
+        self.scores: dict[Key, float] = {_key(record): record["score"] for record in self._trials()}
 
     def measure(self, candidate: Candidate) -> None:
         """All trials of a candidate: direct training, the grid, the bisection; with each seed."""
@@ -205,7 +206,7 @@ class Prober:
             self.board.show([self._known(candidate) for candidate in self.done], f"{name}{words}, seed {seed}")
             began = time.perf_counter()
             config = self._config(seed, name, d)
-            parts = [(self._fold(config, material), material) for material in self._materials(seed)]
+            parts = [(self._fold(config, material), material) for material in self.materials[seed]]
             counts = [len(material.images.splits["val"]) for _, material in parts]
             score = sum(s * n for (s, _), n in zip(parts, counts, strict=True)) / sum(counts)
             self.scores[key] = score
@@ -232,7 +233,7 @@ class Prober:
     def document(self, found: Sequence[Candidate]) -> Record:
         """What probe.json holds, but the selection."""
         plan, seeds = self.plan, self.plan.seeds
-        chances = [chance(m.images) for seed in seeds for m in self._materials(seed)]
+        chances = [chance(m.images) for seed in seeds for m in self.materials[seed]]
         means = {whole: fmean(self.score(seed, whole) for seed in seeds) for whole in ("full", "head")}
         baseline = means | {"chance": fmean(chances)}
         return {
@@ -240,8 +241,8 @@ class Prober:
             "data": plan.base.data,
             "model": plan.base.model,
             "shots": plan.base.shots,
-            "images": sum(len(m.images.splits["val"]) for m in self._materials(seeds[0])),
-            "metric": self._materials(seeds[0])[0].images.metric,
+            "images": sum(len(m.images.splits["val"]) for m in self.materials[seeds[0]]),
+            "metric": self.materials[seeds[0]][0].images.metric,
             "seeds": list(seeds),
             "folds": plan.folds,
             "epochs": plan.base.epochs,
@@ -256,7 +257,7 @@ class Prober:
     def _module(self, candidate: Candidate, baseline: Record) -> Record:
         seeds, name = self.plan.seeds, candidate.name
         known = self._known(candidate)
-        images = sum(len(m.images.splits["val"]) for seed in seeds for m in self._materials(seed))
+        images = sum(len(m.images.splits["val"]) for seed in seeds for m in self.materials[seed])
         at_chance = baseline["chance"] + SIGNIFICANT * math.sqrt(baseline["chance"] * (1 - baseline["chance"]) / images)
         reason = ""
         if known["direct"] <= at_chance:
@@ -276,7 +277,7 @@ class Prober:
             "reason": reason,
             "trials": [
                 {key: record[key] for key in ("d", "seed", "lr", "score")}
-                for record in self.study.records()
+                for record in self._trials()
                 if record["module"] == name
             ],
         }
@@ -310,19 +311,27 @@ class Prober:
         score: float = session.history[-1]["val_accuracy"]
         return score
 
-    def _materials(self, seed: int) -> list[Material]:
-        """The folds of a seed's images."""
-        if seed not in self.materials:
-            base = self.plan.base
-            val = "auto" if self.plan.folds == 1 else "none"
-            images = open_images(base.data, shots=base.shots, seed=seed, val=val, skip_bad=base.skip_bad)
-            choose_metric(images, base.metric)
-            parts = [images] if self.plan.folds == 1 else folds(images, self.plan.folds)
-            self.materials[seed] = [Material(part, self.backbone) for part in parts]
-        return self.materials[seed]
+    def _open(self, seed: int) -> list[Material]:
+        """The folds of a seed's images, which must be those of the trials that are there."""
+        base, count = self.plan.base, self.plan.folds
+        val = "auto" if count == 1 else "none"
+        images = open_images(base.data, shots=base.shots, seed=seed, val=val, skip_bad=base.skip_bad)
+        choose_metric(images, base.metric)
+        known = {r["seed"]: r["digest"] for r in self.study.records() if r["kind"] == "images"}
+        if seed not in known:
+            self.study.add({"kind": "images", "seed": seed, "digest": digest_of(images)})
+        elif known[seed] != digest_of(images):
+            raise UsageError(
+                f"--data: {base.data} is not what the trials in --out were made with: images were added, removed or "
+                "changed; put them back, or use another --out"
+            )
+        return [Material(part, self.backbone) for part in (folds(images, count) if count > 1 else [images])]
+
+    def _trials(self) -> list[Record]:
+        return [record for record in self.study.records() if record["kind"] == "trial"]
 
 
-def _key(record: Record) -> tuple[str, str, int]:
+def _key(record: Record) -> Key:
     return record["module"], str(record["d"]), record["seed"]
 
 
