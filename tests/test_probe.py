@@ -13,7 +13,7 @@ from kadapt_cli import probe
 from kadapt_cli.adapters.subspace import SubspaceLinear
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import folds, open_images
-from kadapt_cli.errors import InterruptedRunError, UsageError
+from kadapt_cli.errors import DivergedError, InterruptedRunError, UsageError
 from kadapt_cli.evaluate import load_backbone
 from kadapt_cli.probe.dimension import Dimension, choose, crossing, explore, grid, halfway, over_seeds
 from kadapt_cli.projections import Fastfood
@@ -255,6 +255,22 @@ def test_what_is_no_better_than_chance_has_no_dimension(tasks, tmp_path, monkeyp
     assert document["selected"] == []
     with pytest.raises(UsageError, match=r"selected nothing; see the reasons in it"):
         probe.read_selection(tmp_path / "out" / "probe.json")
+
+
+def test_a_trial_that_diverges_counts_as_nothing_and_is_said(photos, tmp_path, monkeypatch):
+    real, said = probe.fit, []
+
+    def fit(session, display):
+        if session.config.dims == 64:
+            raise DivergedError("the loss is not finite at step 3")
+        real(session, display)
+
+    monkeypatch.setattr(probe, "fit", fit)
+    monkeypatch.setattr(Quiet, "say", lambda self, line: said.append(line))
+    document = probe.probe(plan(photos, per="model", refine=0, base={"epochs": 1}), tmp_path / "out", Quiet())
+    scores = {t["d"]: t["score"] for t in document["modules"][0]["trials"]}
+    assert scores[64] == 0 < scores[4]
+    assert said.count("counts as 0: the loss is not finite at step 3") == 2
 
 
 def test_a_target_that_is_not_reached_has_a_lower_end_only(tasks, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from kadapt_cli import runs
 from kadapt_cli.adapters import kadaptation, method, select, subspace
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import ImageSet, digest_of, folds, open_images
-from kadapt_cli.errors import InterruptedRunError, UsageError
+from kadapt_cli.errors import DivergedError, InterruptedRunError, UsageError
 from kadapt_cli.evaluate import load_backbone
 from kadapt_cli.models import Backbone, Segment, segments
 from kadapt_cli.probe import show
@@ -306,8 +306,13 @@ class Prober:
         return config.model_copy(update={"lr": config.lr or method(config.method).LR})
 
     def _fold(self, config: TrainConfig, material: Material) -> float:
+        """The validation score of one training; 0 where it diverged, which is said."""
         session = prepare(config, None, self.quiet, material=material)
-        fit(session, self.quiet)
+        try:
+            fit(session, self.quiet)
+        except DivergedError as error:
+            self.display.say(f"counts as 0: {error}")
+            return 0.0
         score: float = session.history[-1]["val_accuracy"]
         return score
 
