@@ -67,8 +67,9 @@ def test_the_selection_takes_the_lowest_that_the_budget_pays():
         {"name": "c", "d90": None, "direct": 0.9},
         {"name": "d", "d90": 4.0, "direct": 0.6},
         {"name": "e", "d90": 50.0, "direct": 0.5},
+        {"name": "f", "d90": 0.0, "direct": 0.9},  # the head alone reaches the target
     ]
-    price = {"a": 5, "b": 3, "c": 1, "d": 3, "e": 1}
+    price = {"a": 5, "b": 3, "c": 1, "d": 3, "e": 1, "f": 1}
     assert choose(modules, lambda names: sum(price[n] for n in names), 8) == ["d", "b", "e"]
     assert choose(modules, lambda names: 100, 8) == []
 

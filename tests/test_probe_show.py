@@ -6,6 +6,7 @@ import math
 import re
 import xml.etree.ElementTree as ET
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
@@ -365,8 +366,8 @@ def test_picture_is_xml_whatever_the_names_are(hostile):
     svg = show.picture(found)
     root = ET.fromstring(svg)
     assert not list(root.iter(f"{SVG}script"))
-    readable = "".join(c if c.isprintable() else "\ufffd" for c in hostile)
-    assert root.find(f"{SVG}title").text == f"Local intrinsic dimension: {readable} on {readable}"
+    readable, folder = ("".join(c if c.isprintable() else "\ufffd" for c in s) for s in (hostile, Path(hostile).name))
+    assert root.find(f"{SVG}title").text == f"Local intrinsic dimension: {readable} on {folder}"
     assert any(cell.text.startswith(f"{readable}: D 147,456") for cell in root.iter(f"{SVG}title"))
 
 

@@ -85,8 +85,11 @@ def over_seeds(found: Sequence[Dimension]) -> Dimension:
 
 
 def ranked(modules: Iterable[Module]) -> list[Module]:
-    """Those whose d90 is known, the lowest first; of equal ones that with the higher score when trained directly."""
-    return sorted((m for m in modules if m["d90"] is not None), key=lambda m: (m["d90"], -m["direct"]))
+    """Those that need some dimensions, the lowest d90 first; of equal ones that with the higher direct score.
+
+    A module whose target the head alone reaches (d90 = 0) gains nothing when it is adapted, and is not among them.
+    """
+    return sorted((m for m in modules if m["d90"]), key=lambda m: (m["d90"], -m["direct"]))
 
 
 def choose(modules: Iterable[Module], cost: Callable[[list[str]], int], budget: int) -> list[str]:

@@ -11,6 +11,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -294,7 +295,7 @@ def picture(document: Row) -> str:
     """
     modules = document["modules"]
     paints = {group: _paint(i) for i, group in enumerate(dict.fromkeys(m["group"] for m in modules))}
-    title = f"Local intrinsic dimension: {document['model']} on {document['data']}"
+    title = f"Local intrinsic dimension: {document['model']} on {Path(document['data']).name or document['data']}"
     legend, top = _legend(paints, modules)
     plot = _plot(document, top)
     heat, width, bottom = _map(document, paints)
