@@ -247,6 +247,19 @@ def test_a_stopped_probe_goes_on_to_the_same_numbers(measured, tmp_path, monkeyp
     assert count == 1 + 2 * trials  # two folds each; the interrupted one was done again
 
 
+def test_ctrl_c_between_two_trainings_says_what_is_kept(photos, tmp_path, monkeypatch):
+    def score(self, seed, name, d="direct"):
+        self.scores[name, str(d), seed] = 0.9
+        if d == 64:
+            raise KeyboardInterrupt
+        return 0.9
+
+    monkeypatch.setattr(probe.Prober, "score", score)
+    with pytest.raises(InterruptedRunError, match=r"stopped: 5 trials are kept; the same command goes on") as caught:
+        probe.probe(plan(photos, per="model"), tmp_path / "out", Quiet())
+    assert caught.value.exit_code == 130
+
+
 def test_what_is_no_better_than_chance_has_no_dimension(tasks, tmp_path, monkeypatch):
     monkeypatch.setattr(probe.Prober, "score", lambda self, seed, name, d="direct": 0.25)
     document = probe.probe(plan(tasks / "flowers5", per="model"), tmp_path / "out", Quiet())

@@ -85,10 +85,11 @@ def compare(grid: Grid, out: Path, display: Display, *, storage: str | None, job
             Worker(grid, study, display, backbone, out).work()
         else:
             _work_in_processes(grid, out, storage, jobs)
-    except InterruptedRunError as error:
+    except (InterruptedRunError, KeyboardInterrupt) as error:
+        code = error.exit_code if isinstance(error, InterruptedRunError) else INTERRUPTED
         done = len(results(grid, study)[0])
         raise InterruptedRunError(
-            f"stopped: {done} of {len(grid.cells())} cells are done and kept; the same command goes on", error.exit_code
+            f"stopped: {done} of {len(grid.cells())} cells are done and kept; the same command goes on", code
         ) from None
     fresh = study.records()[before:]
     if fresh and storage is None:
