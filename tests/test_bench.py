@@ -9,12 +9,13 @@ import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from kadapt_cli import bench, cli
+from kadapt_cli import bench
 from kadapt_cli.bench import contenders, options, step, timing
 from kadapt_cli.bench.contenders import CONTENDERS, Layer, Shape, adapted, kron
 from kadapt_cli.errors import MachineError
@@ -33,22 +34,9 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture
-def run_bench(capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+def run_bench(run_cli) -> Callable[..., tuple[int, str, str]]:
     """run_bench("--quick", …) -> (exit code, stdout, stderr) of `kadapt bench-kernels`, on the CPU."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kadapt", "bench-kernels", "--device", "cpu", *map(str, arguments)])
-        for stream in (sys.stdout, sys.stderr):
-            monkeypatch.setattr(stream, "reconfigure", lambda **_: None, raising=False)
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(run_cli, "bench-kernels", "--device", "cpu")
 
 
 @pytest.fixture
