@@ -8,6 +8,7 @@ import random
 import shutil
 import struct
 import sys
+import urllib.request
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -910,6 +911,7 @@ def test_a_set_that_cannot_be_had_says_what_to_do(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("KADAPT_DATA", str(tmp_path))
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urllib keeps the proxies of its first request for good
     message = refused(lambda: open_images("torch/cifar10"))
     assert message.startswith(f"torch/cifar10: could not be opened under {tmp_path} (")
     assert "set KADAPT_DATA" in message
