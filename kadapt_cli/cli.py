@@ -14,7 +14,7 @@ from rich.console import Console
 
 from kadapt_cli import __version__
 from kadapt_cli.config import TrainConfig, resolve
-from kadapt_cli.errors import INTERRUPTED, KadaptError, UsageError, listed
+from kadapt_cli.errors import ENVIRONMENT, MACHINE_ERRORS, KadaptError, UsageError, listed
 from kadapt_cli.progress import Display, print_line, show_result
 
 app = typer.Typer(
@@ -33,17 +33,34 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder m
 
 
 def main() -> None:
-    """Run the command line; a `KadaptError` is one line on stderr and its exit code."""
+    """Run the command line; what a user can mend is one line on stderr and an exit code, anything else a traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr] # a class name must not end a run on LANG=C
+    code: Any = 0
     try:
         app()
+    except SystemExit as done:
+        code = done.code
     except KadaptError as error:
-        print_line(Console(stderr=True), f"kadapt: {' '.join(str(error).split())}")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print_line(Console(stderr=True), "kadapt: interrupted")
-        sys.exit(INTERRUPTED)
+        code = _fail(str(error), error.exit_code)
+    except MemoryError:
+        code = _fail("out of memory; close other programs, or use a smaller --model or --img-size", ENVIRONMENT)
+    except OSError as error:
+        if error.errno not in MACHINE_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        code = _fail(f"{where}{error.strerror}; nothing that was saved is lost", ENVIRONMENT)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at the end of the process
+        code = code or _fail(f"stdout: cannot be written ({error.strerror})", ENVIRONMENT)
+    sys.exit(code)
+
+
+def _fail(line: str, code: int) -> int:
+    print_line(Console(stderr=True), f"kadapt: {' '.join(line.split())}")
+    return code
 
 
 def _version(value: bool) -> None:
@@ -537,7 +554,3 @@ def data_check(
 
 def _print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document, ensure_ascii=False))
-
-
-if __name__ == "__main__":
-    main()

@@ -4,6 +4,7 @@ A `KadaptError` is printed as one line and ends the command with its code. Anyth
 bug: it shows its traceback and ends with exit code 1.
 """
 
+import errno
 from collections.abc import Sequence
 
 USAGE = 2
@@ -12,8 +13,23 @@ MODEL = 4
 ENVIRONMENT = 5
 DIVERGED = 6
 CHECK_FAILED = 7
+PREEMPTED = 75
 TERMINATED = 143
 INTERRUPTED = 130
+
+MACHINE_ERRORS = {  # of an OSError that is the machine's, whatever the program was doing
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESTALE,
+}
 
 
 class KadaptError(Exception):

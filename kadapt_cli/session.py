@@ -7,6 +7,7 @@ goes on to the same bits on a CPU.
 import copy
 import json
 import math
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ class Session:
     history: list[Row] = field(default_factory=list)
     best: float = 0.0  # validation accuracy
     kept_epoch: int = 0  # whose adapter is in the run folder
-    stop: str = ""
+    stop: signal.Signals | None = None  # that asked to stop
+    validating: bool = False  # where a signal need not wait for the end
     epoch_time_s: float = 0.0
     rank: int = 0  # of this process among `world` that train together
     world: int = 1

@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,13 +28,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from kadapt_cli import metrics, report, runs
+from kadapt_cli import metrics, report, runs, signals
 from kadapt_cli.adapters import linear
 from kadapt_cli.config import TrainConfig, read_toml, resolve, to_toml
 from kadapt_cli.data import epoch_order, manifest_csv
 from kadapt_cli.errors import (
-    INTERRUPTED,
-    TERMINATED,
     DivergedError,
     InterruptedRunError,
     MachineError,
@@ -95,7 +92,11 @@ def train(config: TrainConfig, out: Path, *, resume: bool, display: Display) -> 
             if world > 1:
                 session.net = DistributedDataParallel(session.net)
             fit(session, display)
-            return _finish(session, display) if rank == 0 else _summary(session)
+            try:
+                return _finish(session, display) if rank == 0 else _summary(session)
+            except signals.Stopped as stopped:
+                message = f"trained, not measured yet; go on with: kadapt train --out {out} --resume"
+                raise InterruptedRunError(message, stopped.exit_code) from None
 
 
 @contextmanager
@@ -128,10 +129,22 @@ def fit(session: Session, display: Display) -> None:
         if not session.finished:
             _solve_head(session, display)
         return
-    with _signals(session, display), display.training(session.config.epochs, len(session.train)):
+
+    def ask(number: signal.Signals) -> None:
+        session.stop = number
+        if not display.quiet:
+            signals.say(f"{number.name}: saving; once more to quit at once")
+        if session.validating:
+            signals.stop(number)
+
+    with signals.handled(ask), display.training(session.config.epochs, len(session.train)):
         while not session.finished:
             _run_epoch(session, display)
-            _end_epoch(session, display)
+            try:
+                _end_epoch(session, display)
+            except signals.Stopped:  # in validation, which a run that goes on begins with
+                if session.writes:
+                    save_state(session)
             _leave_if_asked(session)
 
 
@@ -189,9 +202,9 @@ def _share(session: Session, batch: list[int]) -> list[int]:
 def _agree_to_stop(session: Session) -> None:
     """Processes that train together stop after the same step."""
     if session.world > 1:
-        asked = torch.tensor(float(bool(session.stop)), device=session.device)
+        asked = torch.tensor(int(session.stop or 0), device=session.device)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
-        session.stop = session.stop or ("SIGTERM" if asked else "")
+        session.stop = signal.Signals(int(asked)) if asked else None
 
 
 def _leave_if_asked(session: Session) -> None:
@@ -199,8 +212,7 @@ def _leave_if_asked(session: Session) -> None:
     if session.stop:
         saved = f"saved after {session.step} steps; go on with: kadapt train --out {session.out} --resume"
         raise InterruptedRunError(
-            f"{session.stop}: {saved if session.out else 'stopped'}",
-            TERMINATED if session.stop == "SIGTERM" else INTERRUPTED,
+            f"{session.stop.name}: {saved if session.out else 'stopped'}", signals.EXIT_CODES[session.stop]
         )
 
 
@@ -287,7 +299,9 @@ def _end_epoch(session: Session, display: Display) -> None:
         "time_s": session.epoch_time_s,
     }
     if session.val is not None:
+        session.validating = session.world == 1  # processes that train together go on together
         values, labels = logits(_local(session.net), session.val, session.device, session.dtype)
+        session.validating = False
         row["val_loss"] = loss_sum(values, labels).item() / len(labels)
         row["val_accuracy"] = metrics.score(session.images.metric, values.numpy(), labels.numpy())
         session.best = max(session.best, row["val_accuracy"])
@@ -357,24 +371,6 @@ def _check_finite(session: Session) -> None:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def _signals(session: Session, display: Display) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the step, saves and stops; the second ends the process at once."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if session.stop:
-            os._exit(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
-        session.stop = signal.Signals(number).name
-        display.say(f"{session.stop}: saving; once more to quit at once")
-
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def _resumed_config(config: TrainConfig, out: Path) -> TrainConfig:

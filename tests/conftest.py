@@ -3,8 +3,10 @@
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,35 @@ from kadapt_cli import cli
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+ROWS = "fault trials"
 TASKS = Path(__file__).parents[2] / "shared" / "data" / "tasks"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="of the fault tests, a sample of the trials")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of fault trials: each test counts its own, the rows are summed over tests and processes."""
+    totals: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        totals.update(dict(value for name, value in report.user_properties if name == ROWS))
+    if totals:
+        terminalreporter.section(ROWS)
+        for row, count in sorted(totals.items()):
+            terminalreporter.write_line(f"{count:>7,}  {row}")
+
+
+@pytest.fixture
+def tally(record_property) -> Callable[[str, int], None]:
+    """tally("kills", 40) adds the trials of a test to the table of counts."""
+    return lambda row, count: record_property(ROWS, (row, count))
+
+
+@pytest.fixture
+def quick(request: pytest.FixtureRequest) -> bool:
+    """Whether a sample of the trials is enough."""
+    return bool(request.config.getoption("--quick"))
 
 
 @pytest.fixture(scope="session")

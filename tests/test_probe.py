@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import tomllib
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from kadapt_cli import probe
+from kadapt_cli import probe, signals
 from kadapt_cli.adapters.subspace import SubspaceLinear
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import folds, open_images
@@ -251,7 +252,7 @@ def test_ctrl_c_between_two_trainings_says_what_is_kept(photos, tmp_path, monkey
     def score(self, seed, name, d="direct"):
         self.scores[name, str(d), seed] = 0.9
         if d == 64:
-            raise KeyboardInterrupt
+            raise signals.Stopped(signal.SIGINT)
         return 0.9
 
     monkeypatch.setattr(probe.Prober, "score", score)

@@ -17,10 +17,10 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from kadapt_cli import runs
+from kadapt_cli import runs, signals
 from kadapt_cli import train as training
 from kadapt_cli.config import TrainConfig, resolve, to_toml
-from kadapt_cli.errors import DivergedError, KadaptError, MachineError, ModelError, UsageError
+from kadapt_cli.errors import DivergedError, InterruptedRunError, KadaptError, MachineError, ModelError, UsageError
 from kadapt_cli.evaluate import open_run
 from kadapt_cli.models import load
 from kadapt_cli.progress import Display
@@ -167,7 +167,7 @@ def test_resume_from_any_step_ends_with_the_same_bits(finished, photos, tmp_path
     def interrupted(session, *rest):
         real(session, *rest)
         if session.step == stop_after:
-            session.stop = "SIGINT"
+            session.stop = signal.SIGINT
 
     monkeypatch.setattr(training, "_step", interrupted)
     with pytest.raises(KadaptError, match="--resume") as caught:
@@ -459,6 +459,41 @@ def test_a_signal_during_validation_stops_before_the_measurement(photos, tmp_pat
         training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
     assert caught.value.exit_code == 143
     assert not (tmp_path / "run" / runs.RESULT).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_in_validation_does_not_wait_for_its_end(finished, photos, tmp_path, monkeypatch, number):
+    """The epoch's steps are saved; the run that goes on begins with the validation and ends with the same bits."""
+    real, calls = training.logits, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+            pytest.fail("the signal waited")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "logits", interrupted)
+        with pytest.raises(InterruptedRunError, match=f"{number.name}: saved after 6 steps") as caught:
+            training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
+    assert caught.value.exit_code == {signal.SIGINT: 130, signal.SIGUSR1: 75}[number]
+    training.train(config_for(photos), tmp_path / "run", resume=True, display=quiet())
+    same_training(finished[0], tmp_path / "run")
+
+
+def test_a_signal_in_the_last_measurement_says_how_to_go_on(finished, photos, tmp_path, monkeypatch):
+    def interrupted(session, display):
+        signals.stop(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_finish", interrupted)
+        with pytest.raises(InterruptedRunError, match=r"trained, not measured yet; go on with: .* --resume") as caught:
+            training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
+    assert caught.value.exit_code == 143
+    training.train(config_for(photos), tmp_path / "run", resume=True, display=quiet())
+    assert (tmp_path / "run" / runs.RESULT).exists()
+    same_training(finished[0], tmp_path / "run")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

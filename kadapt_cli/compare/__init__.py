@@ -15,21 +15,18 @@ import time
 from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 import torch
 from rich.console import Console, RenderableType
 
-from kadapt_cli import __version__, runs
+from kadapt_cli import __version__, runs, signals
 from kadapt_cli.adapters import adapt, method
 from kadapt_cli.compare import page, summary
 from kadapt_cli.compare.grid import Grid, label, variant
 from kadapt_cli.compare.worker import Worker, open_cell
 from kadapt_cli.data import ImageSet, digest_of
 from kadapt_cli.errors import (
-    INTERRUPTED,
-    TERMINATED,
     CheckFailedError,
     InterruptedRunError,
     KadaptError,
@@ -85,11 +82,11 @@ def compare(grid: Grid, out: Path, display: Display, *, storage: str | None, job
             Worker(grid, study, display, backbone, out).work()
         else:
             _work_in_processes(grid, out, storage, jobs)
-    except (InterruptedRunError, KeyboardInterrupt) as error:
-        code = error.exit_code if isinstance(error, InterruptedRunError) else INTERRUPTED
+    except (InterruptedRunError, signals.Stopped) as error:
         done = len(results(grid, study)[0])
         raise InterruptedRunError(
-            f"stopped: {done} of {len(grid.cells())} cells are done and kept; the same command goes on", code
+            f"stopped: {done} of {len(grid.cells())} cells are done and kept; the same command goes on",
+            error.exit_code,
         ) from None
     fresh = study.records()[before:]
     if fresh and storage is None:
@@ -165,34 +162,31 @@ def _work_in_processes(grid: Grid, out: Path, storage: str | None, jobs: int) ->
     workers: list[BaseProcess] = [
         context.Process(target=_worker, args=(grid, out, storage, threads)) for _ in range(jobs)
     ]
-    asked: list[int] = []
+    asked: list[signal.Signals] = []
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(number: signal.Signals) -> None:
         asked.append(number)
         for worker in workers:
             if worker.is_alive():
                 worker.terminate()
 
-    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals.handled(stop):
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
     if asked:
-        raise InterruptedRunError("", INTERRUPTED if asked[0] == signal.SIGINT else TERMINATED)
+        raise InterruptedRunError("", signals.EXIT_CODES[asked[0]])
     codes = {worker.exitcode for worker in workers} - {0}
     if codes:
         raise MachineError(f"a worker ended with exit code {codes.pop()} (see above); the same command goes on")
 
 
 def _worker(grid: Grid, out: Path, storage: str | None, threads: int) -> None:
-    """One worker process; Ctrl-C reaches it through its parent."""
+    """One worker process; signals reach it through its parent, which ends it by SIGTERM."""
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     try:
         backbone = load_backbone(grid.base)
         study = open_study(out, storage, grid.settings(backbone))

@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from kadapt_cli import runs
+from kadapt_cli import runs, signals
 from kadapt_cli.adapters import kadaptation, method, select, subspace
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import ImageSet, digest_of, folds, open_images
-from kadapt_cli.errors import INTERRUPTED, DivergedError, InterruptedRunError, UsageError
+from kadapt_cli.errors import DivergedError, InterruptedRunError, UsageError
 from kadapt_cli.evaluate import load_backbone
 from kadapt_cli.models import Backbone, Segment, segments
 from kadapt_cli.probe import show
@@ -128,10 +128,9 @@ def probe(plan: Plan, out: Path, display: Display) -> Record:
             try:
                 for candidate in found:
                     prober.measure(candidate)
-            except (InterruptedRunError, KeyboardInterrupt) as error:
-                code = error.exit_code if isinstance(error, InterruptedRunError) else INTERRUPTED
+            except (InterruptedRunError, signals.Stopped) as error:
                 kept = f"{len(prober.scores)} trials are kept; the same command goes on"
-                raise InterruptedRunError(f"stopped: {kept}", code) from None
+                raise InterruptedRunError(f"stopped: {kept}", error.exit_code) from None
         document = prober.document(found)
         document["selected"] = selection(plan, backbone, document["modules"])
         runs.commit(out / JSON, json.dumps(document, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,68 @@
+"""Ctrl-C, SIGTERM and SIGUSR1: how each ends a command, and with which exit code.
+
+Outside of training a signal raises `Stopped` where the program is, so that what is open is closed. Training puts a
+handler of its own before that: it ends the step and saves. A second signal ends the process at once, whatever it does.
+
+A handler may run in the middle of a write to stderr, whose buffer cannot be entered twice: what a handler says goes
+straight to the file descriptor.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
+
+from kadapt_cli.errors import INTERRUPTED, PREEMPTED, TERMINATED
+
+EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGUSR1: PREEMPTED}
+
+
+class Stopped(BaseException):
+    """A signal asked the process to stop; no `Exception`, so that no library takes it for a failure of its own."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.exit_code = EXIT_CODES[number]
+
+
+def install(first: Callable[[signal.Signals], object]) -> Callable[[], None]:
+    """Call `first` at the first signal from now on; the second ends the process. Returns what takes this back."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked:
+            os._exit(EXIT_CODES[signal.Signals(number)])
+        asked.append(number)
+        first(signal.Signals(number))
+
+    old = {number: signal.signal(number, handle) for number in EXIT_CODES}
+
+    def restore() -> None:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+    return restore
+
+
+@contextmanager
+def handled(first: Callable[[signal.Signals], object]) -> Iterator[None]:
+    """`install` for the duration."""
+    restore = install(first)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def stop(number: signal.Signals) -> NoReturn:
+    """Raise `Stopped`."""
+    raise Stopped(number)
+
+
+def say(line: str) -> None:
+    """Write a line to stderr from a handler; on a terminal it takes the place of the line the cursor is on."""
+    start = "\r\x1b[2K" if os.isatty(2) and os.environ.get("TERM") != "dumb" else ""
+    with suppress(OSError):
+        os.write(2, f"{start}{line}\n".encode())

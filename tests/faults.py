@@ -1,0 +1,136 @@
+"""The harness of the fault tests: one process imports, every trial is a fork of it, and counts are summed in a table.
+
+A trial has the command line's own signal handlers and exit codes, its own stdout and stderr, and a time limit. What it
+leaves on disk is judged by the test that started it.
+"""
+
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from kadapt_cli import __main__ as program
+
+LIMIT_S = 60.0
+
+
+@dataclass
+class Outcome:
+    """How a trial ended: exit code (minus the number of the signal that killed it), what it printed, what it took."""
+
+    code: int
+    out: str
+    err: str
+    time_s: float
+    peak_bytes: int  # resident memory of the trial above that of the process it was forked from
+
+    @property
+    def said(self) -> str:
+        """The error line, without the program's name."""
+        lines = [line for line in self.err.splitlines() if line.startswith("kadapt: ")]
+        return lines[-1].removeprefix("kadapt: ") if lines else ""
+
+
+class Trial:
+    """A running fork. `wait` ends it; a trial that takes longer than its limit is killed and raises `TimeoutError`."""
+
+    def __init__(self, action: Callable[[], Any], limit_s: float = LIMIT_S) -> None:
+        self.limit_s = limit_s
+        self.streams = [TemporaryFile("w+b"), TemporaryFile("w+b")]  # noqa: SIM115 - closed by wait
+        self.started = time.perf_counter()
+        self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(action)
+
+    def _run(self, action: Callable[[], Any]) -> None:
+        """The child: never returns."""
+        code = 1
+        try:
+            os.setpgid(0, 0)  # so that what it starts can be found and ended with it
+            for number, stream in enumerate(self.streams, 1):
+                os.dup2(stream.fileno(), number)
+            sys.stdin = open(os.devnull)  # noqa: SIM115 - for as long as the process
+            for number, name in ((1, "stdout"), (2, "stderr")):
+                setattr(sys, name, open(number, "w", buffering=1, errors="replace", closefd=False))  # noqa: SIM115
+            action()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:  # noqa: BLE001 - the child must not return into the test session
+            traceback.print_exc()
+        finally:
+            with suppress(BaseException):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def printed(self) -> str:
+        """What is on its stderr so far."""
+        return os.pread(self.streams[1].fileno(), 1 << 20, 0).decode(errors="replace")
+
+    def wait(self) -> Outcome:
+        """Until it ends."""
+        until = self.started + self.limit_s
+        while True:
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            if pid:
+                break
+            if time.perf_counter() > until:
+                os.killpg(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise TimeoutError(f"the trial ran longer than {self.limit_s} s:\n{self.printed()[-2000:]}")
+            time.sleep(0.001)
+        taken = time.perf_counter() - self.started
+        texts = []
+        for stream in self.streams:
+            stream.seek(0)
+            texts.append(stream.read().decode(errors="replace"))
+            stream.close()
+        peak = 1024 * max(0, usage.ru_maxrss - self.before)
+        return Outcome(os.waitstatus_to_exitcode(status), *texts, taken, peak)
+
+    def children(self) -> list[int]:
+        """Processes of its group that are still alive, once it has ended."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                with suppress(OSError):
+                    fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                    if int(fields[2]) == self.pid and fields[0] != "Z":
+                        found.append(int(entry.name))
+        return found
+
+
+def forked(action: Callable[[], Any], limit_s: float = LIMIT_S) -> Outcome:
+    """Run an action in a fork and wait for it."""
+    return Trial(action, limit_s).wait()
+
+
+def command(*arguments: object) -> Callable[[], None]:
+    """An action that runs the command line, as the console script does."""
+
+    def run() -> None:
+        sys.argv = ["kadapt", *map(str, arguments)]
+        program.main()
+
+    return run
+
+
+def kadapt(*arguments: object, limit_s: float = LIMIT_S) -> Outcome:
+    """Run the command line in a fork: `kadapt("eval", run)`."""
+    return forked(command(*arguments), limit_s)
