@@ -1,6 +1,7 @@
 """Load a finished run and measure it: `kadapt eval`, and the model behind `predict` and `merge-weights`."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,12 +151,20 @@ def images_of(run: Run, data: str | None, split: str, skip_bad: bool) -> ImageSe
     """The run's own images as its manifest lists them, or another source's with the run's classes."""
     if data is not None:
         return open_split(data, split, run.classes, skip_bad=skip_bad)
-    return run_images(run.path, run.config.data, run.classes)
+    return run_images(run.path, run.config, run.info)
 
 
-def run_images(path: Path, data: str, classes: Sequence[str]) -> ImageSet:
-    """The images that the manifest of the run folder `path` lists, each checked against its size and digest."""
+def run_images(path: Path, config: TrainConfig, info: Mapping[str, Any]) -> ImageSet:
+    """The images that the manifest of the run folder `path` lists, each checked against its size and digest.
+
+    Raises:
+        ModelError: The manifest is missing, or is not that of the run that `info` describes.
+        DataError: Images that are missing or have changed.
+    """
     manifest = path / runs.MANIFEST
     if not manifest.is_file():
         raise ModelError(f"{manifest}: missing; restore it, or give the images with --data")
-    return restore(data, parse_manifest(manifest.read_bytes().decode(), tuple(classes)), tuple(classes))
+    text, classes = manifest.read_bytes(), tuple(info["classes"])
+    if hashlib.sha256(text).hexdigest()[: len(info["manifest"])] != info["manifest"]:
+        raise ModelError(f"{manifest}: not what the run wrote; restore it, or give the images with --data")
+    return restore(config.data, parse_manifest(text.decode(), classes), classes)

@@ -23,7 +23,7 @@ from kadapt_cli.adapters import Adapted, method
 from kadapt_cli.data import ImageDataset, ImageSet, open_images
 from kadapt_cli.errors import CheckFailedError, DataError, UsageError
 from kadapt_cli.evaluate import Run, load_backbone, logits, open_run, run_images, transform_of
-from kadapt_cli.models import classifier_keys, full_model
+from kadapt_cli.models import MERGED, classifier_keys, full_model, merged_digest
 
 LARGEST_DIFFERENCE = 1e-4
 CHECKED_IMAGES = 32
@@ -120,7 +120,9 @@ def _write(run: Run, state: dict[str, Tensor], out: Path) -> None:
             config.get("model_args", {}).pop(key, None)
         config["pretrained_cfg"]["tag"] = "kadapt"
         runs.commit(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        runs.commit(folder / "model.safetensors", save({k: t.contiguous() for k, t in state.items()}, {"format": "pt"}))
+        whole = {key: tensor.contiguous() for key, tensor in state.items()}
+        metadata = {"format": "pt", MERGED: merged_digest(whole, config)}
+        runs.commit(folder / "model.safetensors", save(whole, metadata))
         runs.commit(folder / "README.md", _card(run))
         if out.exists():
             out.rmdir()
@@ -145,7 +147,7 @@ def _card(run: Run) -> str:
 def _check_images(run: Run) -> Tensor:
     """Up to 32 real images as the model takes them: the run's test or training images, or handwritten digits."""
     try:
-        images: ImageSet = run_images(run.path, run.config.data, run.classes)
+        images: ImageSet = run_images(run.path, run.config, run.info)
     except DataError:
         images = open_images("demo")
     split = next(s for s in ("test", "val", "train") if images.splits[s])

@@ -7,6 +7,8 @@ downloads, strictly. kadapt opens the file itself, so no pickle is ever read.
 """
 
 import difflib
+import hashlib
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -31,6 +33,7 @@ from kadapt_cli.runs import digest
 
 BUNDLED = Path(__file__).parent / "assets" / "vit32"
 HUB_TIMEOUT_S = 5.0
+MERGED = "kadapt"  # the metadata entry of a model file that merge-weights wrote
 # Entries of timm's configuration that locate weights, or that describe a classifier which is not kept.
 _DROPPED = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "label_names", "label_descriptions")
 _POSITION_TABLES = ("pos_embed", "relative_position_bias_table")
@@ -114,7 +117,11 @@ def load(
     state: dict[str, Tensor] | None = None
     if weights is not None or pretrained:
         dropped = () if projection else tuple(f"{key}." for key in _classifiers(config))
-        state = _without(_read(weights or _pretrained_file(name, config, folder)), dropped)
+        file = weights or _pretrained_file(name, config, folder)
+        whole = _read(file)
+        if weights is None and folder is not None:
+            _check_merged(file, whole, folder / "config.json")
+        state = _without(whole, dropped)
         if weights is not None:
             _check_fits(weights, state, _without(reference.state_dict(), dropped), resize=img_size is not None)
     classes = config["num_classes"] if projection else 0
@@ -407,6 +414,20 @@ def _read(file: Path) -> dict[str, Tensor]:
     if not state:
         raise ModelError(f"{file}: holds no tensors; give a safetensors file with the timm state dict")
     return state
+
+
+def merged_digest(state: dict[str, Tensor], config: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a merged model: its tensors and what its config.json says of the model and its images."""
+    read = {key: config.get(key) for key in ("architecture", "model_args", "pretrained_cfg")}
+    return hashlib.sha256((digest(state) + json.dumps(read, sort_keys=True)).encode()).hexdigest()
+
+
+def _check_merged(file: Path, state: dict[str, Tensor], config: Path) -> None:
+    """A folder that kadapt merged is as it was written; others carry no digest."""
+    with safe_open(file, framework="pt") as opened:
+        wanted = (opened.metadata() or {}).get(MERGED)
+    if wanted is not None and merged_digest(state, json.loads(config.read_text())) != wanted:
+        raise ModelError(f"{file.parent}: damaged: not what was merged (SHA-256 differs); merge again")
 
 
 def _without(state: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:

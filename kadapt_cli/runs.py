@@ -5,22 +5,28 @@
     adapter.safetensors   the adapter and head of the kept epoch, with all that is needed to rebuild the model
     adapter.json          a readable copy of what adapter.safetensors says of itself
     state.safetensors     where training stands: adapter, head, optimizer, RNG, history; `--resume` goes on from it
+    state-previous.safetensors   the state before that, for when the last one is damaged
     metrics.csv           a row per epoch
     result.json           the result, as `kadapt train --json` prints it; present once the run is finished
     confusion.csv         rows are the true classes of the test images, columns the predicted ones
     curves.svg            loss and accuracy over the epochs
+    .kadapt.lock          held by the process that writes; .kadapt.holder says which process that is
 
 Every file is written to a temporary name in the folder, flushed to disk and renamed. A safetensors file carries one
-metadata entry, "kadapt": JSON with a format name, a version and the SHA-256 of the tensors, verified on every read.
-No pickle is read or written.
+metadata entry, "kadapt": JSON with a format name, a version, the SHA-256 of the tensors, the digest of manifest.csv and
+a SHA-256 of this description itself, all verified on every read. No pickle is read or written.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
+import socket
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +37,24 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.errors import MachineError, ModelError, UsageError
+from kadapt_cli.errors import MachineError, ModelError, UsageError, visible
 
 CONFIG = "config.toml"
 MANIFEST = "manifest.csv"
 ADAPTER = "adapter.safetensors"
 ADAPTER_INFO = "adapter.json"
 STATE = "state.safetensors"
+PREVIOUS_STATE = "state-previous.safetensors"
 METRICS = "metrics.csv"
 RESULT = "result.json"
 CONFUSION = "confusion.csv"
 CURVES = "curves.svg"
 LOCK = ".kadapt.lock"
+HOLDER = ".kadapt.holder"
 TEMPORARY = ".kadapt-tmp-"
-FORMAT_VERSION = 1
+OUR_TEMPORARY = re.compile(re.escape(TEMPORARY) + r"\d+-.+", re.DOTALL)
+HOLDER_S = 1.0  # that a holder is given to say who it is
+FORMAT_VERSION = 2
 
 
 def claim(out: Path, *, resume: bool) -> None:
@@ -55,12 +65,12 @@ def claim(out: Path, *, resume: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out: {out} is a file; give a folder that is new, empty or an earlier run's")
-    holds = sorted(p.name for p in out.iterdir() if p.name != LOCK) if out.exists() else []
-    is_run = STATE in holds
+    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    holds = [name for name in names if name not in (LOCK, HOLDER) and not OUR_TEMPORARY.fullmatch(name)]
+    is_run = STATE in holds or PREVIOUS_STATE in holds
     if resume and not is_run:
         raise UsageError(f"--resume: {out} holds no run ({STATE} is missing); start it without --resume")
-    unstarted = set(holds) <= {CONFIG, MANIFEST} or all(name.startswith(TEMPORARY) for name in holds)
-    if holds and not is_run and not unstarted:
+    if not is_run and not set(holds) <= {CONFIG, MANIFEST}:
         raise UsageError(f"--out: {out} already holds something else ({holds[0]}, …); give a new or empty folder")
     if is_run and not resume:
         raise UsageError(f"--out: {out} already holds a run; pass --resume to go on with it, or another --out")
@@ -75,39 +85,114 @@ def next_free(parent: Path, name: str) -> Path:
 
 
 @contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Create `out` if needed and hold its lock; stale temporaries are removed. One writer at a time.
+def writing(out: Path, *, resume: bool = False) -> Iterator[None]:
+    """Claim a run folder and hold its lock.
 
     Raises:
-        UsageError: Another process is writing there.
-        MachineError: The folder cannot be made or written.
+        UsageError: Another process is writing there (which), or `claim` refuses.
+        MachineError: The folder cannot be made, written or locked.
     """
+    if not (out / LOCK).exists():
+        claim(out, resume=resume)  # before anything is made: what is there may be somebody else's
+    with held(out):
+        claim(out, resume=resume)  # again: another process may have written since, and ended
+        yield
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Create `out` if needed and hold its lock; stale temporaries are removed. One writer at a time.
+
+    The lock of a process that ended, however it did, is free. A folder that was made here and in which nothing was
+    written is removed again.
+
+    Raises:
+        UsageError: Another process is writing there (which).
+        MachineError: The folder cannot be made, written or locked.
+    """
+    made = not out.exists()
+    lock = _locked(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / LOCK, timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise UsageError(
-            f"--out: {out} is being written by another process; wait for it or give another --out"
-        ) from None
-    except OSError as error:
-        raise MachineError(f"--out: {out} cannot be written ({error.strerror}); give a folder that can be") from None
-    try:
-        for stale in out.glob(f"{TEMPORARY}*"):
-            stale.unlink(missing_ok=True)
+        for path in out.iterdir():
+            if OUR_TEMPORARY.fullmatch(path.name) and not path.is_dir():
+                path.unlink(missing_ok=True)
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        commit(out / HOLDER, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
         yield
     finally:
+        with suppress(OSError):  # that it cannot be removed takes nothing from the run
+            (out / HOLDER).unlink(missing_ok=True)
+            if made and os.listdir(out) == [LOCK]:
+                (out / LOCK).unlink()
+                out.rmdir()
         lock.release()
 
 
-def commit(path: Path, data: bytes | str) -> None:
+def _locked(out: Path) -> FileLock:
+    """The lock of `out`, held."""
+    lock = FileLock(out / LOCK, timeout=0)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UsageError(f"--out: {out} is being written by {_holder(out)}, or give another --out") from None
+    except NotImplementedError:
+        raise MachineError(f"--out: the file system of {out} has no locks; give a folder on another one") from None
+    except OSError as error:
+        advice = "its file system has no locks: " if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP) else ""
+        raise MachineError(
+            f"--out: {out} cannot be written ({error.strerror}); {advice}give a folder that can be"
+        ) from None
+    return lock
+
+
+def _holder(out: Path) -> str:
+    """Who holds the lock of `out` and what to do about it, as the end of a sentence."""
+    until = time.monotonic() + HOLDER_S
+    while True:  # a holder takes the lock before it says so, and what a dead one said may still be there
+        try:
+            said = json.loads((out / HOLDER).read_text(encoding="utf-8"))
+            pid, host, since = int(said["pid"]), str(said["host"])[:80], str(said["since"])[:40]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pid, host, since = 0, "", ""
+        if host and host != socket.gethostname():
+            gone = f"if that machine is gone, delete {out / LOCK}"
+            return visible(f"process {pid} on {host} since {since}; wait for it, {gone}")
+        if pid > 0 and _is_alive(pid):
+            return visible(f"process {pid} on {host} since {since}; wait for it, end it")
+        if time.monotonic() > until:
+            return f"another process, which {out / HOLDER} does not name; wait for it"
+        time.sleep(0.05)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this machine has that number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True
+
+
+def commit(path: Path, data: bytes | str, *, previous: Path | None = None) -> None:
     """Write a file so that after a crash it is there whole or as it was: temporary, fsync, rename, fsync the folder.
+
+    Args:
+        path: The file.
+        data: What it will hold; text as UTF-8.
+        previous: Where to keep what the file held before, in the same folder.
 
     Raises:
         MachineError: The disk is full or the folder cannot be written; the old file is untouched.
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
+        if previous is not None and path.exists():
+            temporary.unlink(missing_ok=True)
+            os.link(path, temporary)  # a second name, so that the file itself is there at every moment
+            temporary.replace(previous)
         with temporary.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
@@ -133,16 +218,34 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def save_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON document with the SHA-256 of all else in it as "sha256"."""
+    whole: dict[str, Any] = json.loads(json.dumps(document))
+    return whole | {"sha256": _seal(whole)}
+
+
+def is_sealed(document: Any) -> bool:
+    """Whether a document is what `sealed` returned, to the last character."""
+    return isinstance(document, dict) and document.get("sha256") == _seal(document)
+
+
+def _seal(document: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in document.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def save_tensors(
+    path: Path, kind: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any], *, previous: Path | None = None
+) -> dict[str, Any]:
     """Commit tensors with their description; the same tensors and info give the same bytes.
 
     Returns:
-        The description as written: `info` with the format's name, version and the tensors' digest.
+        The description as written: `info` with the format's name, version and the digests.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     head = {"format": f"kadapt-{kind}", "format_version": FORMAT_VERSION, "tensor_digest": digest(whole)}
-    full_info = head | dict(info)
-    commit(path, save(whole, metadata={"kadapt": json.dumps(full_info)}))
+    full_info = sealed(head | dict(info))
+    commit(path, save(whole, metadata={"kadapt": json.dumps(full_info)}), previous=previous)
     return full_info
 
 
@@ -168,9 +271,26 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         raise ModelError(f"{path}: not written by kadapt; give the folder of a run made by `kadapt train`") from None
     if found != (f"kadapt-{kind}", FORMAT_VERSION):
         raise ModelError(f"{path}: expected format kadapt-{kind} version {FORMAT_VERSION}, found {found[0]} {found[1]}")
-    if digest(tensors) != expected_digest:
-        raise ModelError(f"{path}: damaged: its tensors are not those that were saved (SHA-256 differs); restore it")
+    if not is_sealed(info) or digest(tensors) != expected_digest:
+        raise ModelError(f"{path}: damaged: it does not hold what was saved (SHA-256 differs); restore it")
     return tensors, info
+
+
+def load_state(out: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """The last state of a run that is whole.
+
+    Returns:
+        Tensors, description, and why it is the previous state, or "".
+
+    Raises:
+        ModelError: Neither the last state nor the one before can be used.
+    """
+    try:
+        return *load_tensors(out / STATE, "state"), ""
+    except ModelError as error:
+        if not (out / PREVIOUS_STATE).is_file():
+            raise
+        return *load_tensors(out / PREVIOUS_STATE, "state"), str(error)
 
 
 def default_out(config: TrainConfig, resume: bool) -> Path:

@@ -22,7 +22,7 @@ from kadapt_cli import __version__, runs
 from kadapt_cli.adapters import Adapted, adapt
 from kadapt_cli.catalog import is_named
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.data import ImageDataset, ImageSet, make_transform, open_images
+from kadapt_cli.data import ImageDataset, ImageSet, digest_of, make_transform, open_images
 from kadapt_cli.errors import MachineError, ModelError, UsageError
 from kadapt_cli.evaluate import choose_device, fill, load_backbone, logits, run_images, tensors_of
 from kadapt_cli.models import Backbone, Tail, before_block, first_trained_block
@@ -194,7 +194,10 @@ def _open_material(config: TrainConfig, out: Path | None, display: Display, resu
     display.say(f"reading {config.data}")
     if resume:
         assert out is not None
-        images = run_images(out, config.data, runs.load_tensors(out / runs.STATE, "state")[1]["classes"])
+        _, info, why = runs.load_state(out)
+        if why:
+            display.say(f"note: {why}; going on from {runs.PREVIOUS_STATE}")
+        images = run_images(out, config, info)
     else:
         images = open_images(
             config.data, shots=config.shots, seed=config.seed, val=config.val, skip_bad=config.skip_bad
@@ -356,15 +359,18 @@ def save_state(session: Session) -> None:
         "scaler": session.scaler.state_dict(),
         "base_digest": session.adapted.backbone.digest,
         "classes": list(session.images.classes),
+        "manifest": digest_of(session.images),
+        "config": session.config.model_dump(mode="json"),
     }
-    runs.save_tensors(session.out / runs.STATE, "state", tensors, info)
+    previous = session.out / runs.PREVIOUS_STATE
+    runs.save_tensors(session.out / runs.STATE, "state", tensors, info, previous=previous)
 
 
 def restore(session: Session) -> None:
     """Take a session back to its last committed state."""
     assert session.out is not None
     path = session.out / runs.STATE
-    tensors, info = runs.load_tensors(path, "state")
+    tensors, info, _ = runs.load_state(session.out)
     if info["base_digest"] != session.adapted.backbone.digest:
         raise ModelError(f"{path}: the weights of {session.config.model} differ from those the run was started on")
     model = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
@@ -410,7 +416,8 @@ def _describe(session: Session) -> Row:
         "metric": session.images.metric,
         "squash": session.images.squash,
         "data_config": {k: list(v) if isinstance(v, tuple) else v for k, v in backbone.data_config.items()},
-        "config": {k: list(v) if isinstance(v, tuple) else v for k, v in session.config.model_dump().items()},
+        "manifest": digest_of(session.images),
+        "config": session.config.model_dump(mode="json"),
     }
 
 

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from kadapt_cli.errors import MachineError, UsageError
+from kadapt_cli.errors import MachineError, ModelError, UsageError
+from kadapt_cli.runs import is_sealed, sealed
 
 Record = dict[str, Any]
 RECORDS = "study.jsonl"
@@ -50,6 +51,7 @@ def open_study(out: Path, storage: str | None, grid: Record) -> Study:
 
     Raises:
         UsageError: The study was made with other settings (which), or the extra is missing.
+        ModelError: The file's first line, which holds the settings, is damaged.
         MachineError: The folder or the storage cannot be reached.
     """
     return FileStudy(out, grid) if storage is None else OptunaStudy(storage, grid)
@@ -88,12 +90,14 @@ class FileStudy:
                     self._append({"kind": "grid"} | grid)
         except OSError as error:
             raise MachineError(f"--out: {out} cannot be written ({error.strerror}); give another folder") from None
-        with self.path.open(encoding="utf-8") as file:
-            stored = json.loads(file.readline())
+        with self.path.open("rb") as file:
+            stored = self._parse(file.readline())
+        if stored is None or stored["kind"] != "grid":
+            raise ModelError(f"{self.path}: its first line is damaged; restore the file, or use another --out")
         check_grid(f"--out: {out}", {k: v for k, v in stored.items() if k != "kind"}, json.loads(json.dumps(grid)))
 
     def records(self) -> list[Record]:
-        """All that is finished; a last line that a killed process left unfinished is passed over."""
+        """All that is finished. A line that is not as it was written is passed over, so that its work is done again."""
         with self.path.open("rb") as file:
             file.seek(self.seen)
             for line in file:
@@ -108,10 +112,10 @@ class FileStudy:
     @staticmethod
     def _parse(line: bytes) -> Record | None:
         try:
-            record: Record = json.loads(line)
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             return None
-        return record
+        return {k: v for k, v in record.items() if k != "sha256"} if is_sealed(record) else None
 
     def add(self, record: Record) -> None:
         """Append a line and flush it to disk."""
@@ -125,7 +129,8 @@ class FileStudy:
                 torn = file.read(1) != b"\n"
             else:
                 torn = False
-            file.write((b"\n" if torn else b"") + json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            line = json.dumps(sealed(record), ensure_ascii=False).encode()
+            file.write((b"\n" if torn else b"") + line + b"\n")
             file.flush()
             os.fsync(file.fileno())
 

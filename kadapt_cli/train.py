@@ -25,12 +25,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from kadapt_cli import metrics, report, runs, signals
 from kadapt_cli.adapters import linear
-from kadapt_cli.config import TrainConfig, read_toml, resolve, to_toml
+from kadapt_cli.config import TrainConfig, resolve, to_toml
 from kadapt_cli.data import epoch_order, manifest_csv
 from kadapt_cli.errors import (
     DivergedError,
@@ -57,6 +59,7 @@ from kadapt_cli.session import (
 SCHEMA_VERSION = 1
 WORKERS = 4
 STATUS = Path("/proc/self/status")
+HERE, PREPARED = "kadapt-here-", "kadapt-prepared"  # what processes that train together tell each other
 LIVE_EPOCHS = 2  # in which gradients are looked at; the first may have a single step, too few for A and v to get one
 CHECK_EVERY = 16  # steps between looks at the loss on a GPU, where each look waits for it
 
@@ -72,48 +75,69 @@ def train(config: TrainConfig, out: Path, *, resume: bool, display: Display) -> 
     if resume:
         runs.claim(out, resume=True)
         config = _resumed_config(config, out)
-    with _processes(config) as (rank, world):
-        if rank == 0 and not resume:
-            runs.claim(out, resume=False)
-        if rank > 0:
-            dist.barrier()  # the first process downloads what there is to download
+    with (
+        _processes(config, out) as (rank, world, store),
+        runs.writing(out, resume=resume) if rank == 0 else nullcontext(),
+    ):
+        if store and rank > 0:
+            _await(store, [PREPARED])  # the first process downloads what there is to download
         session = prepare(config, out, display, resume=resume)
         session.rank, session.world = rank, world
-        if rank == 0 and world > 1:
-            dist.barrier()
-        with runs.writing(out) if rank == 0 else nullcontext():
-            if resume:
-                restore(session)
-                display.say(f"resumed {out} after {session.epoch} epochs, {session.step} steps")
-            elif session.writes:
+        if store and rank == 0:
+            store.set(PREPARED, "")
+        if resume:
+            restore(session)
+            if session.writes:
                 runs.commit(out / runs.CONFIG, to_toml(session.config))
-                runs.commit(out / runs.MANIFEST, manifest_csv(session.images))
-                save_state(session)
-            if world > 1:
-                session.net = DistributedDataParallel(session.net)
-            fit(session, display)
-            try:
-                return _finish(session, display) if rank == 0 else _summary(session)
-            except signals.Stopped as stopped:
-                message = f"trained, not measured yet; go on with: kadapt train --out {out} --resume"
-                raise InterruptedRunError(message, stopped.exit_code) from None
+            display.say(f"resumed {out} after {session.epoch} epochs, {session.step} steps")
+        elif session.writes:
+            runs.commit(out / runs.CONFIG, to_toml(session.config))
+            runs.commit(out / runs.MANIFEST, manifest_csv(session.images))
+            save_state(session)
+        if world > 1:
+            session.net = DistributedDataParallel(session.net)
+        fit(session, display)
+        try:
+            return _finish(session, display) if rank == 0 else _summary(session)
+        except signals.Stopped as stopped:
+            message = f"trained, not measured yet; go on with: kadapt train --out {out} --resume"
+            raise InterruptedRunError(message, stopped.exit_code) from None
 
 
 @contextmanager
-def _processes(config: TrainConfig) -> Iterator[tuple[int, int]]:
-    """This process's rank and how many train together: torchrun's, or 0 and 1."""
+def _processes(config: TrainConfig, out: Path) -> Iterator[tuple[int, int, Store | None]]:
+    """This process's rank, how many train together, and what they tell each other: torchrun's, or 0 and 1.
+
+    Raises:
+        MachineError: One of the others has ended.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        yield 0, 1
+        yield 0, 1, None
         return
     on_gpu = choose_device(config.device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
-        yield dist.get_rank(), world
+        store, rank, _ = next(rendezvous("env://"))
+        store.set(f"{HERE}{rank}", "")
+        _await(store, [f"{HERE}{other}" for other in range(world)])
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world)
+        yield rank, world, store
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        again = "go on with --resume" if (out / runs.STATE).exists() else "start again"
+        raise MachineError(f"{out}: a process that trains together with this one has ended; {again}") from None
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _await(store: Store, keys: list[str]) -> None:
+    """Wait until others have set all keys; unlike a wait inside the library, a signal ends it."""
+    while not store.check(keys):
+        time.sleep(0.02)
 
 
 def dry_run(config: TrainConfig, out: Path, display: Display) -> Row:
@@ -145,7 +169,7 @@ def fit(session: Session, display: Display) -> None:
             except signals.Stopped:  # in validation, which a run that goes on begins with
                 if session.writes:
                     save_state(session)
-            _leave_if_asked(session)
+            _leave_if(_agreed_stop(session), session)
 
 
 def _solve_head(session: Session, display: Display) -> None:
@@ -186,12 +210,12 @@ def _run_epoch(session: Session, display: Display) -> None:
         display.step(session.epoch, min(done * config.batch_size, len(order)), len(batch))
         if session.device.type == "cpu" or session.step % CHECK_EVERY == 0:
             _check_finite(session)
-        _agree_to_stop(session)
-        if session.writes and (session.stop or now - saved >= config.save_every):
+        stop = _agreed_stop(session)
+        if session.writes and (stop or now - saved >= config.save_every):
             _check_finite(session)
             save_state(session)
             saved = now
-        _leave_if_asked(session)
+        _leave_if(stop, session)
 
 
 def _share(session: Session, batch: list[int]) -> list[int]:
@@ -199,21 +223,20 @@ def _share(session: Session, batch: list[int]) -> list[int]:
     return batch[session.rank :: session.world] or batch[:1]
 
 
-def _agree_to_stop(session: Session) -> None:
-    """Processes that train together stop after the same step."""
-    if session.world > 1:
-        asked = torch.tensor(int(session.stop or 0), device=session.device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        session.stop = signal.Signals(int(asked)) if asked else None
+def _agreed_stop(session: Session) -> signal.Signals | None:
+    """The signal that asked to stop; processes that train together stop after the same step."""
+    if session.world == 1:
+        return session.stop
+    asked = torch.tensor(int(session.stop or 0), device=session.device)
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
+    return signal.Signals(int(asked)) if asked else None
 
 
-def _leave_if_asked(session: Session) -> None:
-    """Raise when a signal has come; the state is saved, where there is a run folder."""
-    if session.stop:
+def _leave_if(stop: signal.Signals | None, session: Session) -> None:
+    """Raise when a signal asked to stop; the state is saved, where there is a run folder."""
+    if stop:
         saved = f"saved after {session.step} steps; go on with: kadapt train --out {session.out} --resume"
-        raise InterruptedRunError(
-            f"{session.stop.name}: {saved if session.out else 'stopped'}", signals.EXIT_CODES[session.stop]
-        )
+        raise InterruptedRunError(f"{stop.name}: {saved if session.out else 'stopped'}", signals.EXIT_CODES[stop])
 
 
 def _step(session: Session, images: Tensor, labels: Tensor, batch: int, display: Display) -> None:
@@ -300,6 +323,8 @@ def _end_epoch(session: Session, display: Display) -> None:
     }
     if session.val is not None:
         session.validating = session.world == 1  # processes that train together go on together
+        if session.validating and session.stop:
+            signals.stop(session.stop)
         values, labels = logits(_local(session.net), session.val, session.device, session.dtype)
         session.validating = False
         row["val_loss"] = loss_sum(values, labels).item() / len(labels)
@@ -375,7 +400,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _resumed_config(config: TrainConfig, out: Path) -> TrainConfig:
     """The run's own configuration; `UsageError` when an option given now differs from it."""
-    stored = resolve(read_toml(out / runs.CONFIG))
+    stored = resolve(runs.load_state(out)[1]["config"])
+    written = out / runs.CONFIG
+    if written.exists() and written.read_bytes() != to_toml(stored).encode():
+        raise ModelError(f"{written}: not what the run was started with; restore it, or delete it to go on as started")
     config = with_absolute_paths(config)
     for name in config.model_fields_set:
         if getattr(config, name) != getattr(stored, name):

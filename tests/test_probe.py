@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from kadapt_cli import probe, signals
+from kadapt_cli import probe, runs, signals
 from kadapt_cli.adapters.subspace import SubspaceLinear
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import folds, open_images
@@ -301,7 +301,7 @@ def test_a_target_that_is_not_reached_has_a_lower_end_only(tasks, tmp_path, monk
 def test_train_adapts_exactly_the_selection(run_cli, measured, tmp_path):
     document = measured[2]
     chosen = tmp_path / "probe.json"
-    chosen.write_text(json.dumps(document | {"selected": ["blocks.2.fc1", "blocks.0.q"]}))
+    chosen.write_text(json.dumps(runs.sealed(document | {"selected": ["blocks.2.fc1", "blocks.0.q"]})))
     data = ("--data", document["data"], "--shots", 5)
     code, text, _ = run_cli("train", *data, "--targets", chosen, "--dry-run", "--json")
     assert code == 0
@@ -309,10 +309,15 @@ def test_train_adapts_exactly_the_selection(run_cli, measured, tmp_path):
     assert counts["adapter"] == 4 * 32**2 + (6 + 6) * 32 + 192 + (24 + 6) * 32  # rules; q's u, v and bias; fc1's u, v
     with_glob = run_cli("train", *data, "--targets", "blocks.2.fc1,blocks.0.q", "--dry-run", "--json")
     assert json.loads(with_glob[1])["parameters"] == counts
-    for name, words in (("none.json", "cannot be read"), ("bad.json", "is no probe.json of kadapt")):
-        (tmp_path / "bad.json").write_text("[1, 2]")
+    (tmp_path / "bad.json").write_text("[1, 2]")
+    (tmp_path / "edited.json").write_text(json.dumps(document | {"selected": ["blocks.2.fc1"]}))
+    for name, wanted, words in (
+        ("none.json", 2, "cannot be read"),
+        ("bad.json", 4, "is no probe.json of kadapt"),
+        ("edited.json", 4, "is not as it was written"),
+    ):
         code, _, errors = run_cli("train", *data, "--targets", tmp_path / name, "--dry-run")
-        assert code == 2
+        assert code == wanted
         assert words in errors
 
 

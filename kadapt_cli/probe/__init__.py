@@ -22,7 +22,7 @@ from kadapt_cli import runs, signals
 from kadapt_cli.adapters import kadaptation, method, select, subspace
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import ImageSet, digest_of, folds, open_images
-from kadapt_cli.errors import DivergedError, InterruptedRunError, UsageError
+from kadapt_cli.errors import DivergedError, InterruptedRunError, ModelError, UsageError
 from kadapt_cli.evaluate import load_backbone
 from kadapt_cli.models import Backbone, Segment, segments
 from kadapt_cli.probe import show
@@ -120,9 +120,7 @@ def probe(plan: Plan, out: Path, display: Display) -> Record:
     found = candidates(backbone, plan.groups, plan.per)
     _check(plan, found)
     study = FileStudy(out, _settings(plan, backbone))
-    with study.claim("probe") as mine:
-        if not mine:
-            raise UsageError(f"--out: {out} is being written by another process; wait for it or give another --out")
+    with runs.held(out):
         with show.Board(display.console, display.quiet) as board:
             prober = Prober(plan, backbone, study, display, board)
             try:
@@ -133,6 +131,7 @@ def probe(plan: Plan, out: Path, display: Display) -> Record:
                 raise InterruptedRunError(f"stopped: {kept}", error.exit_code) from None
         document = prober.document(found)
         document["selected"] = selection(plan, backbone, document["modules"])
+        document = runs.sealed(document)
         runs.commit(out / JSON, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         runs.commit(out / CSV, show.trials_csv(document))
         runs.commit(out / PICTURE, show.picture(document))
@@ -392,15 +391,20 @@ def read_selection(file: Path) -> tuple[str, ...]:
     """The selection of a probe.json, as --targets takes it.
 
     Raises:
-        UsageError: No such file, something else, or a probe that selected nothing.
+        UsageError: No such file, or a probe that selected nothing.
+        ModelError: Something else, or not what the probe wrote.
     """
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         names = tuple(str(name) for name in document["selected"])
     except OSError as error:
         raise UsageError(f"--targets: {file} cannot be read ({error.strerror}); give a probe.json") from None
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"--targets: {file} is no probe.json of kadapt; make one with kadapt probe-id") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ModelError(f"--targets: {file} is no probe.json of kadapt; make one with kadapt probe-id") from None
+    if not runs.is_sealed(document):
+        raise ModelError(
+            f"--targets: {file} is not as it was written (SHA-256 differs); restore it, or name the targets"
+        )
     if not names:
         raise UsageError(f"--targets: {file} selected nothing; see the reasons in it")
     return names
