@@ -189,11 +189,12 @@ def commit(path: Path, data: bytes | str, *, previous: Path | None = None) -> No
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
+        temporary.unlink(missing_ok=True)
         if previous is not None and path.exists():
-            temporary.unlink(missing_ok=True)
             os.link(path, temporary)  # a second name, so that the file itself is there at every moment
             temporary.replace(previous)
-        with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)  # replacing a name of the same file leaves both: killed here last time
+        with temporary.open("xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())

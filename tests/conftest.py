@@ -5,14 +5,19 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 # Tests run in as many processes as there are cores; torch must not start that many threads in each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import timm
 import torch  # reads the line above
+from timm.models import save_for_hf
 
 from kadapt_cli import cli
 
@@ -105,3 +110,34 @@ def run_cli(capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
         return code, captured.out, captured.err
 
     return call
+
+
+@dataclass
+class Tiny:
+    """A transformer of 40 thousand random weights and 18 images: a run on them takes half a second."""
+
+    folder: Path
+
+    @property
+    def train(self) -> tuple[object, ...]:
+        """`kadapt train` with six steps in two epochs and a save after each step, without --out."""
+        options = ("--shots", 5, "--epochs", 2, "--batch-size", 4, "--config", self.folder / "save.toml")
+        return ("train", "--data", self.folder / "photos", "--model", f"local-dir:{self.folder / 'model'}", *options)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    """Made here, so that the fault tests need no other data."""
+    folder = tmp_path_factory.mktemp("tiny")
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **size)
+    save_for_hf(model, folder / "model", model_args=size, safe_serialization=True)
+    draw = np.random.default_rng(0)
+    for label, middle in (("dark", 80), ("light", 150)):
+        (folder / "photos" / label).mkdir(parents=True)
+        for number in range(9):
+            pixels = draw.normal(middle, 40, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "photos" / label / f"{number}.png")
+    (folder / "save.toml").write_text("save_every = 0.0\n")
+    return Tiny(folder)

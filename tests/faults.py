@@ -4,6 +4,9 @@ A trial has the command line's own signal handlers and exit codes, its own stdou
 leaves on disk is judged by the test that started it.
 """
 
+import builtins
+import io
+import json
 import os
 import resource
 import signal
@@ -17,7 +20,10 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+import torch
+
 from kadapt_cli import __main__ as program
+from kadapt_cli import runs
 
 LIMIT_S = 60.0
 
@@ -134,3 +140,105 @@ def command(*arguments: object) -> Callable[[], None]:
 def kadapt(*arguments: object, limit_s: float = LIMIT_S) -> Outcome:
     """Run the command line in a fork: `kadapt("eval", run)`."""
     return forked(command(*arguments), limit_s)
+
+
+class Operations:
+    """Sees what the process does to the files below a folder, and calls `act` before each operation.
+
+    Operations are numbered from 1: open (for writing, or of a folder), write, fsync, link, rename; other functions are
+    added by `also`. `act(number, name)` may end the process or raise; what it raises is what the operation raises.
+    """
+
+    def __init__(self, root: Path, act: Callable[[int, str], None]) -> None:
+        self.root = os.path.realpath(root)
+        self.act = act
+        self.count = 0
+        self._wrap(io, "open", self._opens)
+        builtins.open = io.open
+        self._wrap(os, "open", lambda path, flags, *_, **__: self._below(path) and ("open", None))
+        self._wrap(os, "fsync", lambda number: self._below(f"/proc/self/fd/{number}") and ("fsync", None))
+        for name in ("link", "rename", "replace"):
+            self._wrap(os, name, lambda source, target, **_: self._below(target) and ("rename", None))
+
+    def also(self, module: Any, name: str) -> None:
+        """Number the calls of a function too."""
+        self._wrap(module, name, lambda *_, **__: (name, None))
+
+    def _below(self, path: Any) -> bool:
+        return isinstance(path, str | os.PathLike) and os.path.realpath(path).startswith(self.root)
+
+    def _opens(self, path: Any, mode: str = "r", *_: Any, **__: Any) -> Any:
+        return set(mode) & set("wax+") and self._below(path) and ("open", self._watched)
+
+    def _watched(self, file: Any) -> Any:
+        write = file.write
+
+        def watched(data: Any) -> Any:
+            try:
+                self._happens("write")
+            except ShortWriteError as short:
+                write(data[: len(data) // 2])
+                file.flush()
+                raise OSError(short.errno, os.strerror(short.errno)) from None
+            return write(data)
+
+        return _File(file, watched)
+
+    def _happens(self, name: str) -> None:
+        self.count += 1
+        self.act(self.count, name)
+
+    def _wrap(self, module: Any, name: str, concerns: Callable[..., Any]) -> None:
+        real = getattr(module, name)
+
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            found = concerns(*arguments, **options)
+            if not found:
+                return real(*arguments, **options)
+            self._happens(found[0])
+            result = real(*arguments, **options)
+            return found[1](result) if found[1] else result
+
+        setattr(module, name, wrapped)
+
+
+class ShortWriteError(OSError):
+    """Half of the data is written before the disk is full."""
+
+
+class _File:
+    """A file whose writes are seen."""
+
+    def __init__(self, file: Any, write: Callable[[Any], Any]) -> None:
+        self.file = file
+        self.write = write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def __iter__(self) -> Any:
+        return iter(self.file)
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """In what two finished runs differ: bits of the adapter or of the last state, rows of metrics.csv, the result."""
+    found = []
+    for name, kind in ((runs.ADAPTER, "adapter"), (runs.STATE, "state")):
+        left, right = (runs.load_tensors(run / name, kind)[0] for run in (one, other))
+        if left.keys() != right.keys() or any(not torch.equal(left[key], right[key]) for key in left):
+            found.append(name)
+    left, right = (
+        [line.split(",")[:-2] for line in (run / runs.METRICS).read_text().splitlines()] for run in (one, other)
+    )
+    if left != right:
+        found.append(runs.METRICS)
+    left, right = (json.loads((run / runs.RESULT).read_text())["metrics"] for run in (one, other))
+    if left != right:
+        found.append(runs.RESULT)
+    return found

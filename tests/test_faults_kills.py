@@ -1,0 +1,108 @@
+"""SIGKILL at every step, before every operation on the run folder, and in every evaluation.
+
+After each kill what is on disk can be loaded, and the run that goes on ends with the bits of one that nothing ended.
+"""
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import faults
+import pytest
+
+from kadapt_cli import evaluate, runs, session
+from kadapt_cli import train as training
+
+pytestmark = pytest.mark.faults
+ROW = "SIGKILL in a run: a whole state, the same bits after going on"
+
+
+def killed_at(number: int, tiny, out: Path, *options: object) -> faults.Outcome:
+    """A run that is killed before its operation `number`; 0 lets it end and prints the count and the names."""
+
+    def action():
+        names = []
+
+        def act(count, name):
+            names.append(name)
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        seen = faults.Operations(out, act)
+        seen.also(training, "_gradients")
+        seen.also(training, "logits")
+        seen.also(session, "logits")
+        faults.command(*tiny.train, "--out", out, *options)()
+
+    return faults.forked(action)
+
+
+def go_on(tiny, out: Path) -> faults.Outcome:
+    """The command that a user would type after a crash."""
+    has_state = (out / runs.STATE).exists()
+    return faults.kadapt(*tiny.train, "--out", out, *(["--resume"] if has_state else []))
+
+
+def problems(tiny, whole: Path, out: Path) -> list[str]:
+    """What is wrong with a killed run and with the one that goes on."""
+    if (out / runs.STATE).exists():
+        runs.load_tensors(out / runs.STATE, "state")
+    if (out / runs.ADAPTER).exists():
+        evaluate.open_run(out)
+    found = go_on(tiny, out)
+    if found.code:
+        return [found.err[-500:]]
+    left = [path.name for path in out.iterdir() if path.name.startswith(runs.TEMPORARY)]
+    return faults.differences(whole, out) + left
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """A run that nothing ends, and how many operations it has."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    counts = []
+
+    def act(count, name):
+        counts.append(name)
+        Path(out.parent / "count").write_text(" ".join(counts))
+
+    def action():
+        seen = faults.Operations(out, act)
+        seen.also(training, "_gradients")
+        seen.also(training, "logits")
+        seen.also(session, "logits")
+        faults.command(*tiny.train, "--out", out)()
+
+    found = faults.forked(action)
+    assert found.code == 0, found.err
+    return out, (out.parent / "count").read_text().split()
+
+
+def test_killed_anywhere(tiny, whole, tmp_path, tally, quick):
+    run, names = whole
+    assert {"open", "write", "fsync", "rename", "_gradients", "logits"} <= set(names)
+    assert len(names) >= 140
+    wrong, trials = {}, range(1, len(names) + 1, 12 if quick else 1)
+    for number in trials:
+        out = tmp_path / str(number)
+        assert killed_at(number, tiny, out).code == -signal.SIGKILL, number
+        if found := problems(tiny, run, out):
+            wrong[number, names[number - 1]] = found
+    assert not wrong
+    tally(ROW, len(trials))
+
+
+def test_killed_again_and_again(tiny, whole, tmp_path, tally, quick):
+    """Five times in one run, at random operations."""
+    run, names = whole
+    wrong, seeds = {}, range(2 if quick else 20)
+    for seed in seeds:
+        draw, out = random.Random(seed), tmp_path / str(seed)
+        for _ in range(5):
+            resume = ["--resume"] if (out / runs.STATE).exists() else []
+            killed_at(draw.randint(1, len(names) // 3), tiny, out, *resume)
+        if found := problems(tiny, run, out):
+            wrong[seed] = found
+    assert not wrong
+    tally(ROW, 5 * len(seeds))
