@@ -115,12 +115,20 @@ class FileStudy:
             record = json.loads(line)
         except (ValueError, RecursionError):
             return None
-        return {k: v for k, v in record.items() if k != "sha256"} if is_sealed(record) else None
+        is_record = is_sealed(record) and isinstance(record.get("kind"), str)
+        return {k: v for k, v in record.items() if k != "sha256"} if is_record else None
 
     def add(self, record: Record) -> None:
-        """Append a line and flush it to disk."""
-        with self.lock:
-            self._append(record)
+        """Append a line and flush it to disk.
+
+        Raises:
+            MachineError: The disk is full or cannot be written; what was there before is whole.
+        """
+        try:
+            with self.lock:
+                self._append(record)
+        except OSError as error:
+            raise MachineError(f"{self.path}: cannot be written ({error.strerror}); the same command goes on") from None
 
     def _append(self, record: Record) -> None:
         with self.path.open("a+b") as file:
