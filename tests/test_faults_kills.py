@@ -79,6 +79,14 @@ def whole(tiny, tmp_path_factory):
     return out, (out.parent / "count").read_text().split()
 
 
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(whole):
+    """SIGKILL leaves the system's buffers alone, a power cut does not: file, then name, then folder are flushed."""
+    names = whole[1]
+    places = [i for i, name in enumerate(names) if name == "write"]
+    assert len(places) > 15
+    assert {tuple(names[i - 1 : i + 5]) for i in places} == {("open", "write", "fsync", "rename", "open", "fsync")}
+
+
 def test_killed_anywhere(tiny, whole, tmp_path, tally, quick):
     run, names = whole
     assert {"open", "write", "fsync", "rename", "_gradients", "logits"} <= set(names)

@@ -1,0 +1,185 @@
+"""SIGINT, SIGTERM and SIGUSR1 in every phase of every command: the exit code, in under 5 s, no process left behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import faults
+import pytest
+
+from kadapt_cli import evaluate, merge, predict, runs, session
+from kadapt_cli import train as training
+from kadapt_cli.compare import worker
+from kadapt_cli.probe import Prober
+
+pytestmark = pytest.mark.faults
+ROW = "signals in every phase: exit code, under 5 s, no child left"
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75}
+PHASES = {  # a function in whose first call the signal comes, by command
+    "train": (
+        (session, "open_images"),
+        (session, "load_backbone"),
+        (session, "adapt"),
+        (training, "save_state"),
+        (training, "_gradients"),
+        (training, "logits"),
+        (training, "_end_epoch"),
+        (training, "save_adapter"),
+        (training, "_finish"),
+        (training.report, "curves_svg"),
+    ),
+    "train --resume": (
+        (session, "run_images"),
+        (runs, "load_tensors"),
+        (training, "restore"),
+        (training, "_gradients"),
+    ),
+    "eval": ((evaluate, "open_run"), (evaluate, "run_images"), (evaluate, "logits"), (evaluate.metrics, "evaluate")),
+    "predict": ((predict, "open_run"), (predict, "logits")),
+    "merge-weights": ((merge, "open_run"), (merge, "merged_state"), (merge, "_write"), (merge, "_verify")),
+    "compare": ((worker, "open_images"), (worker, "fit"), (worker, "logits"), (worker.Worker, "_record")),
+    "probe-id": ((Prober, "measure"), (Prober, "score"), (training, "_gradients"), (runs, "commit")),
+}
+
+
+def with_a_signal(place, number, arguments, limit_s=faults.LIMIT_S) -> tuple[faults.Outcome, float, list[int]]:
+    """Run the command line; the signal comes in the first call of a function.
+
+    Returns:
+        The outcome, the seconds from the signal to the end, and the processes that are left.
+    """
+    module, name = place
+    real, sent = getattr(module, name), []
+
+    def interrupted(*given, **options):
+        if not sent:
+            sent.append(number)
+            os.write(2, f"sent {time.time()}\n".encode())
+            os.kill(os.getpid(), number)
+        return real(*given, **options)
+
+    def action():
+        setattr(module, name, interrupted)
+        faults.command(*arguments)()
+
+    trial = faults.Trial(action, limit_s)
+    found = trial.wait()
+    ended = time.time()
+    stamps = [float(line.split()[1]) for line in found.err.splitlines() if line.startswith("sent ")]
+    return found, ended - stamps[0] if stamps else -1.0, trial.children()
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert faults.kadapt(*tiny.train, "--out", out).code == 0
+    return out
+
+
+@pytest.fixture
+def lines(tiny, finished, tmp_path):
+    """The command lines, each with a folder of its own."""
+    data = ("--data", tiny.folder / "photos", "--model", f"local-dir:{tiny.folder / 'model'}")
+    small = ("--shots", "3", "--epochs", "2")
+
+    def line(command, trial):
+        out = tmp_path / str(trial)
+        if command == "train --resume":
+            faults.forked(lambda: _stopped_run(tiny, out))
+            return (*tiny.train, "--out", out, "--resume")
+        return {
+            "train": (*tiny.train, "--out", out),
+            "eval": ("eval", finished),
+            "predict": ("predict", finished, tiny.folder / "photos" / "dark"),
+            "merge-weights": ("merge-weights", finished, "--out", out),
+            "compare": ("compare", *data, *small, "--method", "bitfit", "--seeds", "0", "--out", out),
+            "probe-id": ("probe-id", *data, *small, "--dims", "8", "--per", "model", "--folds", "1", "--out", out),
+        }[command]
+
+    return line
+
+
+def _stopped_run(tiny, out):
+    """A run that SIGTERM stopped after its first step."""
+    real = training._gradients
+
+    def interrupted(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    training._gradients = interrupted
+    with suppress(SystemExit):
+        faults.command(*tiny.train, "--out", out)()
+
+
+@pytest.mark.parametrize("command", PHASES)
+def test_signals(finished, lines, tiny, tmp_path, tally, quick, command):
+    wrong, trials = {}, 0
+    for place in PHASES[command][:: 3 if quick else 1]:
+        for number, code in list(CODES.items())[: 1 if quick else 3]:
+            arguments = lines(command, trials)
+            out = tmp_path / str(trials)
+            found, seconds, left = with_a_signal(place, number, arguments)
+            trials += 1
+            said = found.err.count("kadapt: ") == 1 and "Traceback" not in found.err
+            if found.code != code or not 0 <= seconds < 5 or left or not said or found.out:
+                wrong[place[1], number.name] = (found.code, seconds, left, found.err[-500:])
+            elif command.startswith("train") and (out / runs.STATE).exists():
+                again = faults.kadapt(*tiny.train, "--out", out, "--resume")
+                if again.code or faults.differences(finished, out):
+                    wrong[place[1], number.name] = again.err[-500:] or "other bits"
+    assert not wrong
+    tally(ROW, trials)
+
+
+def test_a_second_signal_ends_a_save_at_once(tiny, tmp_path, tally):
+    """And the state before it is whole."""
+    real, out = runs.save_tensors, tmp_path / "run"
+
+    def slow(path, *given, **options):
+        if path.name == runs.STATE and path.exists():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(path, *given, **options)
+
+    def action():
+        runs.save_tensors = slow
+        faults.command(*tiny.train, "--out", out)()
+
+    found = faults.forked(action)
+    assert found.code == 130
+    assert "saving; once more to quit at once" in found.err
+    assert runs.load_state(out)[1]["step"] == 0
+    tally(ROW, 1)
+
+
+def takes(pid: int) -> bool:
+    """Whether a process has a handler for all of our signals."""
+    mask = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return all(int(mask[1], 16) >> (number - 1) & 1 for number in CODES)
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_signals_while_the_program_is_imported(number, tally):
+    """From the moment that the program takes signals, which is before its first slow import."""
+    wrong, delays = {}, (0.0, 0.1, 0.5, 2.0)
+    for delay in delays:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kadapt_cli", "eval", "nowhere"], stderr=subprocess.PIPE, text=True
+        )
+        while not takes(process.pid):
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.send_signal(number)
+        began = time.time()
+        error = process.communicate(timeout=30)[1]
+        if process.returncode not in (CODES[number], 4) or time.time() - began > 5 or "Traceback" in error:
+            wrong[delay] = process.returncode, error[-500:]
+    assert not wrong
+    tally(ROW, len(delays))
