@@ -26,6 +26,14 @@ from kadapt_cli import __main__ as program
 from kadapt_cli import runs
 
 LIMIT_S = 60.0
+PROBE = ("--shots", "3", "--per", "model", "--dims", "8", "--groups", "attn", "--epochs", "1", "--folds", "1")
+STUDIES = {  # the options of a small study, and what it found
+    "compare": (
+        ("--method", "linear", "--seeds", "0", "--shots", "3"),
+        lambda out: [row["accuracy"] for row in json.loads((out / "comparison.json").read_text())["rows"]],
+    ),
+    "probe-id": (PROBE, lambda out: json.loads((out / "probe.json").read_text())["modules"]),
+}
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """The n-th open, write, fsync, link or rename fails, for every n until none does: exit 5, one line, old state whole."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -157,21 +156,11 @@ def test_merge_weights(finished, tmp_path, tally, quick):
     tally(ROW, sweep(out.parent, ("merge-weights", finished, "--out", out), prepare, judge, step=16 if quick else 1))
 
 
-PROBE = ("--shots", "3", "--per", "model", "--dims", "8", "--groups", "attn", "--epochs", "1", "--folds", "1")
-STUDIES = {  # the options of a small study, and what it found
-    "compare": (
-        ("--method", "linear", "--seeds", "0", "--shots", "3"),
-        lambda out: [row["accuracy"] for row in json.loads((out / "comparison.json").read_text())["rows"]],
-    ),
-    "probe-id": (PROBE, lambda out: json.loads((out / "probe.json").read_text())["modules"]),
-}
-
-
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", faults.STUDIES)
 def test_studies(tiny, tmp_path, tally, quick, name):
     """What was finished is kept, and the same command goes on."""
     whole, out = tmp_path / "whole", tmp_path / "study"
-    options, found = STUDIES[name]
+    options, found = faults.STUDIES[name]
     arguments = (name, "--data", tiny.folder / "photos", "--model", f"local-dir:{tiny.folder / 'model'}", *options)
     assert faults.kadapt(*arguments, "--out", whole).code == 0
 

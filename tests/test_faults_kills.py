@@ -16,6 +16,7 @@ from kadapt_cli import train as training
 
 pytestmark = pytest.mark.faults
 ROW = "SIGKILL in a run: a whole state, the same bits after going on"
+STUDIES = "SIGKILL in a comparison or a probe: the same result after going on"
 
 
 def killed_at(number: int, tiny, out: Path, *options: object) -> faults.Outcome:
@@ -114,3 +115,32 @@ def test_killed_again_and_again(tiny, whole, tmp_path, tally, quick):
             wrong[seed] = found
     assert not wrong
     tally(ROW, 5 * len(seeds))
+
+
+@pytest.mark.parametrize("name", faults.STUDIES)
+def test_studies(tiny, tmp_path, tally, quick, name):
+    """Killed before every operation on its folder, a study goes on by the same command."""
+    options, found = faults.STUDIES[name]
+    arguments = (name, "--data", tiny.folder / "photos", "--model", f"local-dir:{tiny.folder / 'model'}", *options)
+    whole, wrong, number = tmp_path / "whole", {}, 0
+    assert faults.kadapt(*arguments, "--out", whole).code == 0
+    while True:
+        number += 1 if not quick else 15
+        out = tmp_path / str(number)
+
+        def act(count, _, number=number):
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def action(out=out, act=act):
+            faults.Operations(out, act)
+            faults.command(*arguments, "--out", out)()
+
+        if faults.forked(action).code == 0:
+            break
+        again = faults.kadapt(*arguments, "--out", out)
+        if again.code or found(out) != found(whole):
+            wrong[number] = again.err[-500:]
+    assert not wrong
+    assert number > 15
+    tally(STUDIES, number - 1 if not quick else number // 15 - 1)

@@ -40,7 +40,7 @@ PHASES = {  # a function in whose first call the signal comes, by command
         (training, "_gradients"),
     ),
     "eval": ((evaluate, "open_run"), (evaluate, "run_images"), (evaluate, "logits"), (evaluate.metrics, "evaluate")),
-    "predict": ((predict, "open_run"), (predict, "logits")),
+    "predict": ((predict, "open_run"), (predict, "_readable")),
     "merge-weights": ((merge, "open_run"), (merge, "merged_state"), (merge, "_write"), (merge, "_verify")),
     "compare": ((worker, "open_images"), (worker, "fit"), (worker, "logits"), (worker.Worker, "_record")),
     "probe-id": ((Prober, "measure"), (Prober, "score"), (training, "_gradients"), (runs, "commit")),
