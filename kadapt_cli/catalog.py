@@ -369,14 +369,15 @@ def check(source: str, *, shots: int | None = None, seed: int = 0) -> dict[str, 
     Returns:
         ``splits`` counts the images of the run's splits, ``own`` those that the source itself has (named sets only) and
         ``expected`` those that it should have (sets of the comparison only). ``digest`` is the SHA-256 of the manifest:
-        equal where images, labels and splits are.
+        equal where images, labels and splits are. ``bad`` names every image that cannot be used, with the reason; the
+        counts are of the others.
 
     Raises:
-        DataError: As `kadapt_cli.data.open_images`.
+        DataError: As `kadapt_cli.data.open_images` that leaves out bad images.
     """
     from kadapt_cli.data import manifest_csv, open_images
 
-    images = open_images(source, shots=shots, seed=seed, cache_bytes=0)
+    images = open_images(source, shots=shots, seed=seed, skip_bad=True, cache_bytes=0)
     named = open_named(source, cache_bytes=1 << 30) if is_named(source) else None
     row = SETS.get(_benchmark_name(source)) if named else None
     return {
@@ -389,5 +390,6 @@ def check(source: str, *, shots: int | None = None, seed: int = 0) -> dict[str, 
         "own": {split: len(rows) for split, rows in named.entries.items()} if named else None,
         "expected": dict(zip(SPLITS, row.sizes, strict=True)) if row else None,
         "digest": hashlib.sha256(manifest_csv(images).encode()).hexdigest(),
+        "bad": images.bad,
         "notes": images.notes,
     }

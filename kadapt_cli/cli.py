@@ -14,7 +14,7 @@ from rich.console import Console
 
 from kadapt_cli import __version__
 from kadapt_cli.config import TrainConfig, resolve
-from kadapt_cli.errors import ENVIRONMENT, MACHINE_ERRORS, KadaptError, UsageError, listed
+from kadapt_cli.errors import ENVIRONMENT, MACHINE_ERRORS, DataError, KadaptError, UsageError, listed
 from kadapt_cli.progress import Display, print_line, show_result
 
 app = typer.Typer(
@@ -532,13 +532,19 @@ def data_check(
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Open data as a run would, decode every image of its splits, and say what is there."""
+    """Open data as a run would, decode every image of its splits, and say what is there; bad images end with code 3."""
     from kadapt_cli import catalog
 
     found = catalog.check(source, shots=shots, seed=seed)
     if as_json:
         _print_json(found)
-        return
+    else:
+        _print_check(found)
+    if found["bad"]:
+        raise DataError(f"{source}: {len(found['bad'])} images cannot be used: {listed(found['bad'])}; mend them")
+
+
+def _print_check(found: dict[str, Any]) -> None:
     console = Console()
     print_line(console, f"{found['name']}: {len(found['classes'])} classes ({listed(found['classes'])})")
     print_line(console, f"metric: {found['metric']}")
@@ -550,7 +556,11 @@ def data_check(
     print_line(console, f"digest of the manifest: {found['digest']}")
     for note in found["notes"]:
         print_line(console, f"note: {note}")
+    for line in found["bad"]:
+        print_line(console, f"cannot be used: {line}")
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, ensure_ascii=False))
+    """One line; what is not printable, such as an escape sequence in a class name, as JSON's own \\u001b."""
+    text = json.dumps(document, ensure_ascii=False)
+    print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))

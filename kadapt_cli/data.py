@@ -71,7 +71,8 @@ class ImageSet:
     """Checked images with their labels and splits.
 
     ``splits`` always has "train", "val" and "test", each sorted by path and possibly empty. ``classes`` are the names
-    of the class folders, sorted; a named set keeps its own order. ``notes`` are lines for people. ``metric`` is one of
+    of the class folders, sorted; a named set keeps its own order. ``notes`` are lines for people; ``bad`` names each
+    image that was left out, with the reason. ``metric`` is one of
     `metrics.METRICS`; ``templates`` put a class name into a sentence; with ``squash`` pictures are resized to a square
     without a crop.
     """
@@ -87,6 +88,7 @@ class ImageSet:
     metric: str = "accuracy"
     templates: tuple[str, ...] = ("a photo of a {}.",)
     squash: bool = False
+    bad: list[str] = field(default_factory=list)
 
     @property
     def multi_label(self) -> bool:
@@ -150,8 +152,8 @@ class _Found:
         return [f"{len(paths)} {text} ({listed(paths)})" for paths, text in forms if paths]
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, sorted by name, without hidden files."""
+def visible_entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, sorted by name, without hidden files; `DataError` when it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in JUNK_FOLDERS]
@@ -161,7 +163,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return [entry.name for entry in _entries(folder) if entry.is_dir(follow_symlinks=False)]
+    return [entry.name for entry in visible_entries(folder) if entry.is_dir(follow_symlinks=False)]
 
 
 def _root_of(source: str) -> Path:
@@ -193,7 +195,7 @@ def _scan(folder: Path, found: _Found) -> dict[str, list[str]]:
     """Class -> paths of its images, for the class folders in a folder."""
     where = shown(str(folder))
     classes: dict[str, list[str]] = {}
-    for entry in _entries(folder):
+    for entry in visible_entries(folder):
         if entry.is_dir(follow_symlinks=False):
             if not _is_utf8(entry.name):
                 raise DataError(f"{where}: the name {os.fsencode(entry.name)!r} is not valid UTF-8; rename the folder")
@@ -210,9 +212,11 @@ def _scan(folder: Path, found: _Found) -> dict[str, list[str]]:
 
 
 def _walk(folder: Path, found: _Found) -> Iterator[str]:
-    for entry in _entries(folder):
+    left = visible_entries(folder)[::-1]
+    while left:  # no recursion: folders may be nested deeper than calls
+        entry = left.pop()
         if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path), found)
+            left += visible_entries(Path(entry.path))[::-1]
         elif found.is_image(entry):
             yield found.relative(entry)
         else:
@@ -246,6 +250,8 @@ def _by_path(sample: Sample) -> str:
 def _load_file(root: Path, path: str) -> Loaded:
     if not _is_utf8(path):
         raise DataError(f"{os.fsencode(path)!r}: the name is not valid UTF-8")
+    if not Path(os.path.realpath(root / path)).is_relative_to(root):  # a link put there since the folder was scanned
+        raise DataError(f"{shown(path)}: a link out of the data folder, which is not followed")
     data = read_bytes(root / path, path)
     return len(data), hashlib.sha256(data).hexdigest(), decode_image(data, path)
 
@@ -297,7 +303,12 @@ def _complete(images: ImageSet, divide: Callable[[Splits], Splits], skip_bad: bo
     bad: dict[str, str] = {}
     pools = images.splits
     while True:
-        images.splits = divide(pools)
+        try:
+            images.splits = divide(pools)
+        except DataError as error:
+            if not bad:
+                raise
+            raise DataError(f"{error}; {len(bad)} cannot be used: {listed(list(bad.values()))}") from None
         drawn = [sample for split in SPLITS for sample in images.splits[split]]
         newly_good, newly_bad = _check(images, [sample for sample in drawn if sample.path not in good], cache_bytes)
         good |= newly_good
@@ -311,6 +322,7 @@ def _complete(images: ImageSet, divide: Callable[[Splits], Splits], skip_bad: bo
         pools = {split: [sample for sample in samples if sample.path not in bad] for split, samples in pools.items()}
     if bad:
         images.notes.append(f"{count} were left out: {reasons}")
+        images.bad = list(bad.values())
     images.splits = {split: [good[sample.path] for sample in images.splits[split]] for split in SPLITS}
     images.notes += _split_notes(images.splits, images.classes)
     return images
@@ -440,7 +452,7 @@ def open_images(
         )
     if shots == 1 and val != "none" and not has_val:
         mend = "pass --val none" if val == "auto" else "give two or more, or --search none"
-        raise UsageError(f"shots: one image a class leaves none to train on beside validation; {mend}")
+        raise UsageError(f"--shots: one image a class leaves none to train on beside validation; {mend}")
     where = shown(source)
     divide = partial(_divide, classes=images.classes, shots=shots, seed=seed, val=val, where=where)
     images = _complete(images, divide, skip_bad, cache_bytes)
@@ -498,7 +510,7 @@ def _open_folder(source: str, val: str, classes: tuple[str, ...] | None) -> Imag
     root = _root_of(source)
     layout = _layout(root)
     found = _Found(root, root.resolve())
-    for entry in _entries(root) if layout else []:
+    for entry in visible_entries(root) if layout else []:
         if not entry.is_dir(follow_symlinks=False):
             found.set_aside(entry)
         elif Path(entry.path) not in layout.values():
@@ -628,7 +640,7 @@ def parse_manifest(text: str, classes: tuple[str, ...]) -> Splits:
         if next(rows, None) != MANIFEST_COLUMNS:
             raise ValueError(f"the columns {','.join(MANIFEST_COLUMNS)} were expected")
         for path, name, split, size, digest in rows:
-            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            if "\0" in path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise ValueError(f"{path!r} leaves the data folder")
             names = [name] if name in labels else name.split("|") if name else []
             splits[split].append(_sample(path, tuple(labels[name] for name in names), int(size), digest))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from kadapt_cli import metrics, runs
+from kadapt_cli import descriptions, metrics, runs
 from kadapt_cli.adapters import Adapted, adapt
 from kadapt_cli.config import TrainConfig, resolve
 from kadapt_cli.data import ImageDataset, ImageSet, Transform, make_transform, open_split, parse_manifest, restore
@@ -49,19 +49,35 @@ def open_run(path: Path) -> Run:
     if not path.is_dir():
         raise ModelError(f"{path}: no such folder; give the folder of a run made by `kadapt train`")
     tensors, info = runs.load_tensors(path / runs.ADAPTER, "adapter")
-    try:
-        config, classes, expected = resolve(info["config"]), tuple(info["classes"]), info["model"]["digest"]
-    except (KeyError, TypeError, UsageError):
-        raise ModelError(f"{path / runs.ADAPTER}: its description is incomplete; restore it or train again") from None
+    descriptions.check(path / runs.ADAPTER, "adapter", info)
+    config, classes, expected = (
+        stored_config(info, path / runs.ADAPTER),
+        tuple(info["classes"]),
+        info["model"]["digest"],
+    )
+    room = sum(tensor.numel() for tensor in tensors.values())
+    if max(config.rank or 0, config.width or 0, config.terms or 0) > room:  # each takes a number or more of the file
+        raise ModelError(f"{path / runs.ADAPTER}: its tensors do not fit its description; train again")
     backbone = load_backbone(config)
     if backbone.digest != expected:
         raise ModelError(
             f"{path}: the adapter was trained on other weights of {config.model} (SHA-256 {expected[:12]}…) than those "
             f"found now ({backbone.digest[:12]}…); give back the weights it was trained on"
         )
-    adapted = adapt(backbone, config, len(classes))
+    try:
+        adapted = adapt(backbone, config, len(classes))
+    except UsageError as error:
+        raise ModelError(f"{path / runs.ADAPTER}: its description fits no model ({error}); train again") from None
     fill(adapted, tensors, path / runs.ADAPTER)
     return Run(path, info, config, adapted, classes)
+
+
+def stored_config(info: Mapping[str, Any], source: Path) -> TrainConfig:
+    """The configuration in a description; `ModelError` when it is none."""
+    try:
+        return resolve(info["config"])
+    except UsageError as error:
+        raise ModelError(f"{source}: its description is damaged ({error}); train again") from None
 
 
 def load_backbone(config: TrainConfig) -> Backbone:
@@ -71,20 +87,27 @@ def load_backbone(config: TrainConfig) -> Backbone:
 
 
 def fill(adapted: Adapted, tensors: dict[str, Tensor], source: Path) -> None:
-    """Copy saved tensors into the adapter and head; `ModelError` unless names and shapes match and all are finite."""
+    """Copy saved tensors into the adapter and head; `ModelError` unless they match, and give finite numbers."""
     own = tensors_of(adapted)
-    if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()}:
-        differing = sorted(
-            n
-            for n in own.keys() | tensors.keys()
-            if n not in own or n not in tensors or own[n].shape != tensors[n].shape
-        )
-        raise ModelError(f"{source}: its tensors do not fit the model ({', '.join(differing[:3])}); train again")
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise ModelError(f"{source}: holds values that are not finite; train again with a smaller --lr")
+    check_tensors(own, tensors, source)
+    if not bool((tensors["head.std"] > 0).all()):
+        raise ModelError(f"{source}: head.std was expected to be above 0; train again")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+def check_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
+    """`ModelError` unless tensors have the names, shapes and types of others, and all their values are finite."""
+
+    def form(named: Mapping[str, Tensor], name: str) -> tuple[torch.Size, torch.dtype] | None:
+        return (named[name].shape, named[name].dtype) if name in named else None
+
+    differing = sorted(name for name in own.keys() | tensors.keys() if form(own, name) != form(tensors, name))
+    if differing:
+        raise ModelError(f"{source}: its tensors do not fit the model ({', '.join(differing[:3])}); train again")
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise ModelError(f"{source}: holds values that are not finite; train again with a smaller --lr")
 
 
 def tensors_of(adapted: Adapted) -> dict[str, Tensor]:
@@ -113,6 +136,14 @@ def logits(
     return torch.cat(out), torch.cat(labels)
 
 
+def run_logits(run: Run, dataset: Dataset[Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The logits of a run, and the labels; `ModelError` where its weights give values that are not finite."""
+    values, labels = logits(run.adapted.module().to(device), dataset, device)
+    if not bool(values.isfinite().all()):
+        raise ModelError(f"{run.path}: its weights give values that are not finite; train again")
+    return values, labels
+
+
 def probabilities(values: Tensor) -> NDArray[np.float64]:
     """Softmax over the classes in float64."""
     result: NDArray[np.float64] = values.double().softmax(1).numpy()
@@ -135,7 +166,7 @@ def evaluate(
         raise DataError(f"--split {split}: there are no such images ({there}); choose another split, or give --data")
     dataset = ImageDataset(images, split, transform_of(run), seed=run.config.seed)
     chosen = choose_device(device)
-    values, labels = logits(run.adapted.module().to(chosen), dataset, chosen)
+    values, labels = run_logits(run, dataset, chosen)
     if images.multi_label:
         score = metrics.score(images.metric, values.numpy(), labels.numpy())
         return run, metrics.MultiLabel(images.metric, score, len(labels))
@@ -167,4 +198,7 @@ def run_images(path: Path, config: TrainConfig, info: Mapping[str, Any]) -> Imag
     text, classes = manifest.read_bytes(), tuple(info["classes"])
     if hashlib.sha256(text).hexdigest()[: len(info["manifest"])] != info["manifest"]:
         raise ModelError(f"{manifest}: not what the run wrote; restore it, or give the images with --data")
-    return restore(config.data, parse_manifest(text.decode(), classes), classes)
+    try:
+        return restore(config.data, parse_manifest(text.decode(), classes), classes)
+    except UnicodeDecodeError:
+        raise ModelError(f"{manifest}: not UTF-8; restore it, or give the images with --data") from None

@@ -133,8 +133,11 @@ def _card(run: Run) -> str:
     """A short model card."""
     model = run.info["model"]
     result = run.path / runs.RESULT
-    test = (json.loads(result.read_text())["metrics"]["test"] or {}) if result.is_file() else {}
-    score = f"Test: {test['metric']} {test['score']:.1%}, measured before merging.\n" if test else ""
+    try:
+        test = json.loads(result.read_bytes())["metrics"]["test"]
+        score = f"Test: {test['metric']} {test['score']:.1%}, measured before merging.\n"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        score = ""  # not tested, or something else wrote it
     return (
         f"---\nlibrary_name: timm\npipeline_tag: image-classification\nlicense: {model['license'] or 'other'}\n---\n\n"
         f"# {model['architecture']} adapted to {len(run.classes)} classes\n\n"

@@ -9,11 +9,12 @@ downloads, strictly. kadapt opens the file itself, so no pickle is ever read.
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import huggingface_hub
 import timm
@@ -29,17 +30,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kadapt_cli.errors import ModelError
-from kadapt_cli.runs import digest
+from kadapt_cli.runs import check_header, digest
 
 BUNDLED = Path(__file__).parent / "assets" / "vit32"
 HUB_TIMEOUT_S = 5.0
+MAX_IMG_SIZE = 4096  # pixels a side
 MERGED = "kadapt"  # the metadata entry of a model file that merge-weights wrote
 # Entries of timm's configuration that locate weights, or that describe a classifier which is not kept.
 _DROPPED = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "label_names", "label_descriptions")
 _POSITION_TABLES = ("pos_embed", "relative_position_bias_table")
 _ATTENTION = ("q", "k", "v", "proj")
 # What timm raises for a folder, a configuration or tensors that do not fit together.
-_TIMM_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, OSError)
+_TIMM_ERRORS = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, MemoryError,
+    OSError,
+)  # fmt: skip
+MAX_CONFIG_BYTES = 4 << 20  # of a config.json; the names of 21,000 classes take one
+MAX_NUMBER = 1 << 16  # in its model_args: widths, depths and image sides are less
+MAX_DEPTH = 100
+MAX_PATCHES = 1 << 16  # of an image: that many numbers a channel has a position table
 # The hub's HTTP library changes with its version; the hub's own error always derives first from that library's base.
 _NETWORK_ERRORS: tuple[type[BaseException], ...] = (OSError, HfHubHTTPError.__bases__[0])
 
@@ -109,6 +118,7 @@ def load(
     source, folder = _locate(name)
     reference = _build(name, source, device="meta")
     config = dict(reference.pretrained_cfg)
+    _check_data_config(name, config)
     projection = _is_projection(config)
     arguments = {key: value for key, value in reference.pretrained_model_args.items() if key != "num_classes"}
     if img_size is not None:
@@ -122,6 +132,7 @@ def load(
         if weights is None and folder is not None:
             _check_merged(file, whole, folder / "config.json")
         state = _without(whole, dropped)
+        _check_size(file, state, _without(reference.state_dict(), dropped))
         if weights is not None:
             _check_fits(weights, state, _without(reference.state_dict(), dropped), resize=img_size is not None)
     classes = config["num_classes"] if projection else 0
@@ -322,7 +333,63 @@ def _locate(name: str) -> tuple[str, Path | None]:
         return name, None
     if not (folder / "config.json").is_file():
         raise ModelError(f"{name}: no config.json in {folder}; give a model folder as timm writes it")
+    _check_config(folder / "config.json")
     return f"local-dir:{folder}", folder
+
+
+def _check_config(file: Path) -> None:
+    """A folder's config.json names a model of timm, and its numbers are those of one."""
+
+    def refuse(what: str) -> NoReturn:
+        raise ModelError(f"{file}: {what}; give a model folder as timm writes it")
+
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            refuse(f"larger than {MAX_CONFIG_BYTES:,} bytes")
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        refuse(f"cannot be read ({error.strerror})")
+    except (ValueError, RecursionError):
+        refuse("not JSON")
+    if not isinstance(config, dict):
+        refuse("not a JSON object")
+    architecture, arguments = config.get("architecture"), config.get("model_args") or {}
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        refuse(f"timm has no architecture {str(architecture)[:80]!r}")
+    if not isinstance(arguments, dict) or not isinstance(config.get("pretrained_cfg") or {}, dict):
+        refuse("model_args and pretrained_cfg were expected to be objects")
+    for key, value in arguments.items():
+        numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int | float)]
+        most = MAX_DEPTH if key == "depth" else MAX_NUMBER
+        if not all(abs(number) <= most for number in numbers):
+            refuse(f"{key[:80]} was expected to be at most {most:,}")
+
+
+def _check_data_config(name: str, config: dict[str, Any]) -> None:
+    """What a model says of its images can be made a transform; nothing of it takes much memory."""
+    size, crop = config.get("input_size"), config.get("crop_pct")
+    is_size = isinstance(size, list | tuple) and len(size) == 3 and all(type(side) is int for side in size)
+    if not is_size or not (size[0] == 3 and min(size) >= 1 and max(size) <= MAX_IMG_SIZE):  # type: ignore[index,arg-type]
+        wrong = f"input_size 3 x H x W, up to {MAX_IMG_SIZE} pixels a side,"
+    elif crop is not None and not (isinstance(crop, int | float) and 0.1 <= crop <= 2):
+        wrong = "crop_pct from 0.1 to 2"
+    elif config.get("interpolation") not in ("bilinear", "bicubic", "lanczos", "nearest", "box", "hamming", "random"):
+        wrong = "an interpolation of Pillow"
+    elif config.get("crop_mode") not in (None, "center", "squash", "border"):
+        wrong = "crop_mode center, squash or border"
+    elif not all(_is_colour(config.get(key)) for key in ("mean", "std")) or not min(config["std"]) > 0:
+        wrong = "mean and std of three numbers, std above 0,"
+    else:
+        return
+    raise ModelError(f"{name}: {wrong} was expected in its configuration; mend its config.json, or choose another")
+
+
+def _is_colour(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
+    )
 
 
 def _check_registered(name: str) -> None:
@@ -406,6 +473,9 @@ def fetch(repo: str, filename: str) -> Path:
 
 def _read(file: Path) -> dict[str, Tensor]:
     try:
+        if not file.is_file() and file.exists():  # a pipe would be waited on for ever
+            raise ModelError(f"{file}: cannot be read (it is no file); give a safetensors file")
+        check_header(file)
         state: dict[str, Tensor] = load_file(file)
     except SafetensorError as error:
         raise ModelError(f"{file}: no whole safetensors file ({_one_line(error)}); no other format is read") from None
@@ -414,6 +484,16 @@ def _read(file: Path) -> dict[str, Tensor]:
     if not state:
         raise ModelError(f"{file}: holds no tensors; give a safetensors file with the timm state dict")
     return state
+
+
+def _check_size(file: Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """The model is not built where the file cannot fill it; which tensors fit is seen when timm loads them."""
+    wanted, given = (sum(t.numel() for t in tensors.values()) for tensors in (own, state))
+    if wanted > 2 * given + (1 << 26):  # position tables may grow with the image size
+        raise ModelError(f"{file}: holds {given:,} numbers, but the model has {wanted:,}; give weights that fit it")
+    wrong = [key for key in own.keys() & state.keys() if own[key].is_floating_point() != state[key].is_floating_point()]
+    if wrong:
+        raise ModelError(f"{file}: not of the model's number format: {_few(sorted(wrong))}; give weights that fit it")
 
 
 def merged_digest(state: dict[str, Tensor], config: dict[str, Any]) -> str:
@@ -454,6 +534,11 @@ def _check_finite(name: str, module: nn.Module) -> None:
 
 def _check_img_size(name: str, reference: Any, img_size: int) -> None:
     patch = getattr(getattr(reference, "patch_embed", None), "patch_size", None)
+    if patch and (img_size // patch[0]) ** 2 > MAX_PATCHES:
+        raise ModelError(
+            f"{name}: img_size = {img_size} makes {(img_size // patch[0]) ** 2:,} patches of {patch[0]} pixels; "
+            f"give one that makes at most {MAX_PATCHES:,}"
+        )
     if patch and img_size % patch[0]:
         nearest = max(1, round(img_size / patch[0])) * patch[0]
         raise ModelError(

@@ -1,5 +1,6 @@
 """`kadapt predict`: the most probable classes of images, in the order given."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kadapt_cli.errors import DataError, UsageError
-from kadapt_cli.evaluate import choose_device, logits, open_run, probabilities, transform_of
+from kadapt_cli.data import visible_entries
+from kadapt_cli.errors import DataError, UsageError, shown
+from kadapt_cli.evaluate import choose_device, open_run, probabilities, run_logits, transform_of
 from kadapt_cli.images import IMAGE_SUFFIXES, read_image
 
 
@@ -39,7 +41,8 @@ def predict(
         skip_bad: Leave out images that cannot be read instead of stopping.
 
     Returns:
-        [{"path", "classes": [{"name", "probability"}]}] in the order given, and what was wrong with those left out.
+        [{"path", "classes": [{"name", "probability"}]}] in the order given, and what was wrong with those left out:
+        with `skip_bad` images that cannot be read, and links out of a folder always.
 
     Raises:
         DataError: A path that does not exist, a folder without images, images that cannot be read.
@@ -48,7 +51,8 @@ def predict(
     if top < 1:
         raise UsageError(f"--top: expected 1 or more, but {top} was given")
     run = open_run(path)
-    files = [file for image in images for file in _below(image)]
+    links: list[str] = []
+    files = [file for image in images for file in _below(image, links)]
     good, bad = _readable(files)
     if bad and not skip_bad:
         raise DataError(
@@ -57,7 +61,7 @@ def predict(
     if not good:
         raise DataError("no image is left to classify")
     chosen = choose_device(device)
-    values, _ = logits(run.adapted.module().to(chosen), _Files(good, transform_of(run)), chosen)
+    values, _ = run_logits(run, _Files(good, transform_of(run)), chosen)
     several = run.info.get("metric") == "11point_mAP"  # labels that do not exclude each other
     found = values.double().sigmoid() if several else torch.from_numpy(probabilities(values))
     best = found.topk(min(top, len(run.classes)))
@@ -67,18 +71,29 @@ def predict(
             "classes": [{"name": run.classes[int(c)], "probability": float(p)} for p, c in zip(ps, cs, strict=True)],
         }
         for file, ps, cs in zip(good, best.values, best.indices, strict=True)
-    ], bad
+    ], links + bad
 
 
-def _below(path: Path) -> list[Path]:
-    """The file itself, or all images below a folder but hidden ones, by path; links to folders are not followed."""
+def _below(path: Path, links: list[str]) -> list[Path]:
+    """The file itself, or all images below a folder but hidden ones, by path.
+
+    Links to folders are not followed; those to files outside the folder neither, and are added to `links`.
+    """
     if not path.is_dir():
         return [path]
-    below = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-    found = sorted(f for f in below if not any(part.startswith(".") for part in f.relative_to(path).parts))
+    root, left, found = path.resolve(), visible_entries(path), list[Path]()
+    while left:
+        entry = left.pop()
+        if entry.is_dir(follow_symlinks=False):
+            left += visible_entries(Path(entry.path))
+        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not os.path.isdir(entry.path):
+            if Path(os.path.realpath(entry.path)).is_relative_to(root):
+                found.append(Path(entry.path))
+            else:
+                links.append(f"{shown(entry.path)}: a link out of the folder, which is not followed")
     if not found:
-        raise DataError(f"{path}: holds no images; give image files or folders of them")
-    return found
+        raise DataError(f"{shown(str(path))}: holds no images; give image files or folders of them")
+    return sorted(found)
 
 
 def _readable(files: Sequence[Path]) -> tuple[list[Path], list[str]]:

@@ -55,6 +55,8 @@ TEMPORARY = ".kadapt-tmp-"
 OUR_TEMPORARY = re.compile(re.escape(TEMPORARY) + r"\d+-.+", re.DOTALL)
 HOLDER_S = 1.0  # that a holder is given to say who it is
 FORMAT_VERSION = 2
+MAX_TENSORS = 20_000
+MAX_HEADER_BYTES = 16 << 20  # safetensors takes 100 MB, which it parses in seconds and gigabytes
 
 
 def claim(out: Path, *, resume: bool) -> None:
@@ -250,6 +252,17 @@ def save_tensors(
     return full_info
 
 
+def check_header(path: Path) -> None:
+    """Raise `ModelError` for a safetensors file whose header would take long, or much memory, to parse."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        count = file.read(size).count(b'"data_offsets"') if size <= MAX_HEADER_BYTES else 0
+    if size > MAX_HEADER_BYTES or count > MAX_TENSORS:
+        raise ModelError(
+            f"{path}: no whole safetensors file ({size:,} bytes of header, {count:,} tensors); no other format is read"
+        )
+
+
 def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote, verified.
 
@@ -258,6 +271,7 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     """
     if not path.is_file():
         raise ModelError(f"{path}: no such file; give the folder of a run made by `kadapt train`")
+    check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -268,7 +282,7 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         info = json.loads(metadata.get("kadapt", ""))
         found = (info["format"], info["format_version"])
         expected_digest = info["tensor_digest"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ModelError(f"{path}: not written by kadapt; give the folder of a run made by `kadapt train`") from None
     if found != (f"kadapt-{kind}", FORMAT_VERSION):
         raise ModelError(f"{path}: expected format kadapt-{kind} version {FORMAT_VERSION}, found {found[0]} {found[1]}")

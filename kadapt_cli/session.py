@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from kadapt_cli import __version__, runs
+from kadapt_cli import __version__, descriptions, runs
 from kadapt_cli.adapters import Adapted, adapt
 from kadapt_cli.catalog import is_named
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import ImageDataset, ImageSet, digest_of, make_transform, open_images
 from kadapt_cli.errors import MachineError, ModelError, UsageError
-from kadapt_cli.evaluate import choose_device, fill, load_backbone, logits, run_images, tensors_of
+from kadapt_cli.evaluate import check_tensors, choose_device, fill, load_backbone, logits, run_images, tensors_of
 from kadapt_cli.models import Backbone, Tail, before_block, first_trained_block
 from kadapt_cli.progress import Display
 from kadapt_kernels import why_no_triton
@@ -195,6 +195,7 @@ def _open_material(config: TrainConfig, out: Path | None, display: Display, resu
     if resume:
         assert out is not None
         _, info, why = runs.load_state(out)
+        descriptions.check(out / runs.STATE, "state", info)
         if why:
             display.say(f"note: {why}; going on from {runs.PREVIOUS_STATE}")
         images = run_images(out, config, info)
@@ -371,6 +372,7 @@ def restore(session: Session) -> None:
     assert session.out is not None
     path = session.out / runs.STATE
     tensors, info, _ = runs.load_state(session.out)
+    _check_state(session, tensors, info)
     if info["base_digest"] != session.adapted.backbone.digest:
         raise ModelError(f"{path}: the weights of {session.config.model} differ from those the run was started on")
     model = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
@@ -384,12 +386,39 @@ def restore(session: Session) -> None:
         }
         if moments:
             session.optimizer.state[parameter] = moments
-    torch.set_rng_state(tensors["rng"])
+    try:
+        torch.set_rng_state(tensors["rng"])
+    except RuntimeError as error:
+        raise ModelError(f"{path}: its random state is damaged ({error}); start again") from None
     session.sums.copy_(tensors["sums"])
     session.epoch, session.step, session.history = info["epoch"], info["step"], info["history"]
     session.best, session.kept_epoch = info["best"], info["kept_epoch"]
     session.micro, session.epoch_time_s = info["micro"], info["epoch_time_s"]
     session.scaler.load_state_dict(info["scaler"])
+
+
+def _check_state(session: Session, tensors: dict[str, Tensor], info: Row) -> None:
+    """Raise `ModelError` unless a state is one that this run can have saved."""
+    assert session.out is not None
+    path = session.out / runs.STATE
+    descriptions.check(path, "state", info)
+    wanted = {f"model.{name}": tensor for name, tensor in tensors_of(session.adapted).items()}
+    wanted |= {"rng": torch.get_rng_state(), "sums": session.sums}
+    for name, parameter in session.parameters.items():
+        wanted[f"live.{name}"] = session.live[name]
+        if f"optimizer.step.{name}" in tensors:
+            wanted |= {f"optimizer.{key}.{name}": parameter for key in ("exp_avg", "exp_avg_sq")}
+            wanted[f"optimizer.step.{name}"] = torch.zeros(())
+    check_tensors(wanted, tensors, path)
+    never_negative = [t for n, t in tensors.items() if n.startswith(("optimizer.step.", "optimizer.exp_avg_sq."))]
+    steps, epoch = session.steps_per_epoch, info["epoch"]
+    least = 0 if session.config.method == "linear" else epoch * steps
+    if (
+        any(bool((tensor < 0).any()) for tensor in never_negative)
+        or not least <= info["step"] <= (epoch + 1) * steps
+        or not info["kept_epoch"] <= epoch == len(info["history"])
+    ):
+        raise ModelError(f"{path}: its counts do not fit each other; start again")
 
 
 def _describe(session: Session) -> Row:

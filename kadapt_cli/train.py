@@ -30,9 +30,9 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from kadapt_cli import metrics, report, runs, signals
+from kadapt_cli import descriptions, metrics, report, runs, signals
 from kadapt_cli.adapters import linear
-from kadapt_cli.config import TrainConfig, resolve, to_toml
+from kadapt_cli.config import TrainConfig, to_toml
 from kadapt_cli.data import epoch_order, manifest_csv
 from kadapt_cli.errors import (
     DivergedError,
@@ -41,7 +41,7 @@ from kadapt_cli.errors import (
     ModelError,
     UsageError,
 )
-from kadapt_cli.evaluate import choose_device, fill, logits, probabilities
+from kadapt_cli.evaluate import choose_device, fill, logits, probabilities, stored_config
 from kadapt_cli.progress import Display
 from kadapt_cli.session import (
     Row,
@@ -400,7 +400,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _resumed_config(config: TrainConfig, out: Path) -> TrainConfig:
     """The run's own configuration; `UsageError` when an option given now differs from it."""
-    stored = resolve(runs.load_state(out)[1]["config"])
+    _, info, _ = runs.load_state(out)
+    descriptions.check(out / runs.STATE, "state", info)
+    stored = stored_config(info, out / runs.STATE)
     written = out / runs.CONFIG
     if written.exists() and written.read_bytes() != to_toml(stored).encode():
         raise ModelError(f"{written}: not what the run was started with; restore it, or delete it to go on as started")

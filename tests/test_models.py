@@ -473,9 +473,9 @@ def test_a_cut_file_is_refused(size: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{", "timm cannot build it"),
-        ("[]", "timm cannot build it"),
-        ('{"architecture": "no_such_model", "pretrained_cfg": {}}', "Unknown model"),
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ('{"architecture": "no_such_model", "pretrained_cfg": {}}', "timm has no architecture 'no_such_model'"),
         ('{"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"odd": 1}}', "odd"),
         ('{"architecture": "vit_tiny_patch16_224", "model_args": {"odd": 1}, "pretrained_cfg": {}}', "odd"),
         (

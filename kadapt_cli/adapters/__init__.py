@@ -63,6 +63,8 @@ METHODS: dict[str, ModuleType] = {
     "subspace": subspace,
 }
 WEIGHT_DECAY = 1e-4
+# Of the globs in --targets, so that none takes long to try.
+MAX_PATTERNS, MAX_PATTERN, MAX_STARS = 1000, 200, 10
 # Options that only some methods take, and their value when they are not given.
 SPECIFIC: dict[str, Any] = {"terms": None, "rank": None, "width": None, "scale": None, "rule": "factored"}
 SPECIFIC |= {"backend": "auto", "dims": None, "projection": "fastfood", "said": False}
@@ -162,7 +164,13 @@ def select(available: Sequence[Segment], patterns: Sequence[str]) -> list[Segmen
         UsageError: A pattern that matches nothing; lists what there is.
     """
     chosen: set[Segment] = set()
+    if len(patterns) > MAX_PATTERNS:
+        raise UsageError(f"--targets: {len(patterns):,} were given; at most {MAX_PATTERNS:,} can be")
     for pattern in patterns:
+        if len(pattern) > MAX_PATTERN or pattern.count("*") > MAX_STARS:
+            raise UsageError(
+                f"--targets: '{pattern[:40]}…' was given; at most {MAX_PATTERN} characters and {MAX_STARS} * can be"
+            )
         matches = [s for s in available if _matches(pattern, s.name, f"blocks.{s.block}.{s.name}")]
         if not matches:
             matches = [

@@ -387,6 +387,9 @@ def auto_targets(config: TrainConfig, out: Path, display: Display) -> tuple[str,
     return read_selection(out / JSON)
 
 
+MAX_PROBE_BYTES = 64 << 20
+
+
 def read_selection(file: Path) -> tuple[str, ...]:
     """The selection of a probe.json, as --targets takes it.
 
@@ -395,8 +398,12 @@ def read_selection(file: Path) -> tuple[str, ...]:
         ModelError: Something else, or not what the probe wrote.
     """
     try:
+        if file.exists() and (not file.is_file() or file.stat().st_size > MAX_PROBE_BYTES):
+            raise ValueError
         document = json.loads(file.read_text(encoding="utf-8"))
-        names = tuple(str(name) for name in document["selected"])
+        names = document["selected"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError
     except OSError as error:
         raise UsageError(f"--targets: {file} cannot be read ({error.strerror}); give a probe.json") from None
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -407,4 +414,4 @@ def read_selection(file: Path) -> tuple[str, ...]:
         )
     if not names:
         raise UsageError(f"--targets: {file} selected nothing; see the reasons in it")
-    return names
+    return tuple(names)
