@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
-from rich.console import Console
 from rich.progress import Progress
 
 from kadapt_cli.benchmark_sets import ALIASES, SETS, SPLITS, Label, open_tables
 from kadapt_cli.errors import DataError
+from kadapt_cli.progress import new_console
 
 PREFIXES = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
 # torchvision classes with a train and a test part only: timm gives the test part for every other split name.
@@ -263,7 +263,7 @@ def _go_on(url: str, part: Path, have: int) -> None:
         if error.code == 416 and have:
             return  # nothing comes after what is here; the checksum decides whether it is the file
         raise
-    with response, Progress(console=Console(stderr=True), transient=True) as progress:
+    with response, Progress(console=new_console(stderr=True), transient=True) as progress:
         have = have if response.status == 206 else 0
         total = None if response.length is None else have + response.length
         bar = progress.add_task(url.rsplit("/", 1)[-1], total=total, completed=have)

@@ -3,19 +3,29 @@
 stdout carries the result alone (with --json exactly one JSON document); everything else goes to stderr.
 """
 
+import errno
 import json
+import math
 import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from kadapt_cli import __version__
-from kadapt_cli.config import TrainConfig, resolve
-from kadapt_cli.errors import ENVIRONMENT, MACHINE_ERRORS, DataError, KadaptError, UsageError, listed
-from kadapt_cli.progress import Display, print_line, show_result
+from kadapt_cli.config import MAX_COUNT, TrainConfig, blaming, resolve
+from kadapt_cli.errors import (
+    ENVIRONMENT,
+    MACHINE_ERRORS,
+    USAGE,
+    DataError,
+    KadaptError,
+    MachineError,
+    UsageError,
+    listed,
+)
+from kadapt_cli.progress import Display, new_console, print_line, show_result
 
 app = typer.Typer(
     name="kadapt",
@@ -24,6 +34,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+MAX_ARGUMENT = 1 << 16  # characters
+SHOTS = "Training images drawn a class, validation included."
+MAX_LINE = 2000  # characters of an error
 
 Device = Literal["auto", "cpu", "cuda"]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
@@ -36,8 +50,15 @@ def main() -> None:
     """Run the command line; what a user can mend is one line on stderr and an exit code, anything else a traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr] # a class name must not end a run on LANG=C
+    if os.environ.get("NO_COLOR"):
+        from typer import rich_utils  # of help and usage errors
+
+        rich_utils.COLOR_SYSTEM = None
     code: Any = 0
     try:
+        if not _has_folder():
+            raise MachineError("the current folder was removed; change to another one")
+        _check_arguments(sys.argv[1:])
         app()
     except SystemExit as done:
         code = done.code
@@ -46,6 +67,8 @@ def main() -> None:
     except MemoryError:
         code = _fail("out of memory; close other programs, or use a smaller --model or --img-size", ENVIRONMENT)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            sys.exit(_fail(f"{error.filename}: the name is too long; give a shorter one", USAGE))
         if error.errno not in MACHINE_ERRORS:
             raise
         where = f"{error.filename}: " if error.filename else ""
@@ -59,8 +82,31 @@ def main() -> None:
 
 
 def _fail(line: str, code: int) -> int:
-    print_line(Console(stderr=True), f"kadapt: {' '.join(line.split())}")
+    words = " ".join(line.split())
+    if len(words) > MAX_LINE:
+        words = f"{words[: MAX_LINE // 2]} … {words[-MAX_LINE // 2 :]}"
+    print_line(new_console(stderr=True), f"kadapt: {words}")
     return code
+
+
+def _has_folder() -> bool:
+    """Whether the process has a current folder; without one torch cannot load its libraries."""
+    try:
+        return bool(os.getcwd())
+    except FileNotFoundError:
+        return False
+
+
+def _check_arguments(arguments: list[str]) -> None:
+    """No option takes an empty value, which a path would read as the current folder, or one without end."""
+    for place, argument in enumerate(arguments):
+        name, is_joined, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        before = arguments[place - 1] if place else ""
+        where = name or (before if before.startswith("-") else f"argument {place + 1}")
+        if not value and (is_joined or not name):
+            raise UsageError(f"{where}: is empty; give a value, or leave it out")
+        if len(argument) > MAX_ARGUMENT:
+            raise UsageError(f"{where}: {len(argument):,} characters were given; at most {MAX_ARGUMENT:,} can be")
 
 
 def _version(value: bool) -> None:
@@ -117,6 +163,7 @@ def train(
     metric: Annotated[str | None, _option("metric")] = None,
     device: Annotated[Device | None, _option("device")] = None,
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, _option("precision")] = None,
+    deterministic: Annotated[bool | None, _option("deterministic", "--deterministic")] = None,
     backend: Annotated[Literal["auto", "eager", "merge", "triton"] | None, _option("backend")] = None,
     no_pretrained: Annotated[
         bool, typer.Option("--no-pretrained", help="Start from random weights: for counting and tests.")
@@ -134,35 +181,41 @@ def train(
     """Adapt a backbone to labelled images and keep the result in a run folder."""
     given = {name: value for name, value in locals().items() if name in TrainConfig.model_fields and value is not None}
     given |= {"targets": [t.strip() for t in targets.split(",")]} if targets is not None else {}
-    given |= {"pretrained": False} if no_pretrained else {}
+    given |= _random_weights(no_pretrained, weights)
     if not skip_bad:
         del given["skip_bad"]
     resolved = resolve(given, config)
-    from kadapt_cli.runs import default_out
+    from kadapt_cli.runs import claim, default_out
     from kadapt_cli.train import dry_run as run_dry
     from kadapt_cli.train import train as run_train
 
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks
-    display = Display(Console(stderr=True), quiet=not is_first)
-    folder = out if out is not None else default_out(resolved, resume)
-    if resolved.targets == ("auto",) or resolved.targets[0].endswith(".json"):
-        resolved = _with_probed_targets(resolved, folder, dry_run, display)
-    result = (
-        run_dry(resolved, folder, display) if dry_run else run_train(resolved, folder, resume=resume, display=display)
-    )
+    display = Display(new_console(stderr=True), quiet=not is_first)
+    if resume and dry_run:
+        raise UsageError("--resume: was given beside --dry-run, which starts no run; give one of them")
+    with blaming(resolved, given, config):
+        folder = out if out is not None else default_out(resolved, resume)
+        _check_out(folder)
+        if any(target == "auto" or target.endswith(".json") for target in resolved.targets):
+            claim(folder, resume=resume)
+            resolved = _with_probed_targets(resolved, folder, dry_run, display)
+        if dry_run:
+            result = run_dry(resolved, folder, display)
+        else:
+            result = run_train(resolved, folder, resume=resume, display=display)
     if as_json and is_first:
         _print_json(result)
     elif is_first:
-        show_result(result, Console())
+        show_result(result, new_console())
 
 
 def _with_probed_targets(config: TrainConfig, folder: Path, dry_run: bool, display: Display) -> TrainConfig:
     """The targets that a probe selected: a probe.json, or one that is made now beside the run folder."""
     from kadapt_cli.probe import auto_targets, read_selection
 
+    if len(config.targets) > 1:
+        raise UsageError("--targets: 'auto' or a probe.json was given beside other targets; give it alone")
     if config.targets != ("auto",):
-        if len(config.targets) > 1:
-            raise UsageError("--targets: a probe.json was given beside other targets; give it alone")
         return config.model_copy(update={"targets": read_selection(Path(config.targets[0]))})
     if dry_run or "RANK" in os.environ:
         when = "--dry-run" if dry_run else "torchrun"
@@ -189,7 +242,7 @@ def evaluate(
         return
     from kadapt_cli import metrics, report
 
-    console = Console()
+    console = new_console()
     if isinstance(found, metrics.MultiLabel):
         print_line(console, f"{found.metric} {found.score:.1%} on {found.images} images")
         return
@@ -211,13 +264,13 @@ def predict(
 
     predictions, left_out = worker.predict(run, images, top=top, device=device, skip_bad=skip_bad)
     for line in left_out:
-        print_line(Console(stderr=True), f"left out: {line}")
+        print_line(new_console(stderr=True), f"left out: {line}")
     if as_json:
         _print_json({"schema_version": 1, "predictions": predictions})
         return
     for prediction in predictions:
         classes = "  ".join(f"{c['name']} {c['probability']:.1%}" for c in prediction["classes"])
-        print_line(Console(), f"{prediction['path']}  {classes}")
+        print_line(new_console(), f"{prediction['path']}  {classes}")
 
 
 def merge_weights(
@@ -229,11 +282,12 @@ def merge_weights(
     """Fold adapter and head into plain weights that timm and transformers load, and verify them."""
     from kadapt_cli import merge as worker
 
+    _check_out(out)
     result = worker.merge(run, out, dtype=dtype)
     if as_json:
         _print_json(result)
         return
-    console = Console()
+    console = new_console()
     print_line(console, f"wrote {out}")
     print_line(
         console,
@@ -256,7 +310,7 @@ def methods(as_json: JsonFlag = False) -> None:
         return
     from kadapt_cli.report import methods_table
 
-    Console().print(methods_table(METHODS))
+    new_console().print(methods_table(METHODS))
 
 
 @app.command()
@@ -264,15 +318,20 @@ def compare(
     data: Annotated[list[str], typer.Option(help="A data set as 'kadapt train' takes it; once for each.")],
     method: Annotated[list[str] | None, typer.Option(help="A method; once for each. \\[default: all]")] = None,
     model: Annotated[str | None, _option("model")] = None,
-    shots: Annotated[int, typer.Option(min=1, help="Training images drawn a class, validation included.")] = 5,
+    shots: Annotated[
+        int | None, typer.Option(min=1, max=MAX_COUNT, help=f"{SHOTS} \\[default: 5]", show_default=False)
+    ] = None,
     full_shot: Annotated[bool, typer.Option("--full-shot", help="All training images instead of --shots.")] = False,
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
     search: Annotated[
         Literal["none", "coarse", "faithful", "optuna"],
         typer.Option(help="Of learning rate and weight decay: the methods' defaults, 5 trials, ELEVATER's, or Optuna."),
     ] = "none",
-    trials: Annotated[int, typer.Option(min=1, help="Trials of --search optuna.")] = 20,
-    search_epochs: Annotated[int, typer.Option(min=1, help="Epochs of a trial.")] = 10,
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, max=MAX_COUNT, help="Trials of --search optuna. \\[default: 20]", show_default=False),
+    ] = None,
+    search_epochs: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Epochs of a trial.")] = 10,
     select: Annotated[
         Literal["validation", "pooled", "test-best"],
         typer.Option(
@@ -297,7 +356,7 @@ def compare(
             help="Share the study: an Optuna journal file (journal:PATH) or a database URL.", show_default=False
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, max=256, help="Worker processes.")] = 1,
     m0: Annotated[float, typer.Option(min=1, help="M0 of PE = score · exp(-log10(P/M0 + 1)).")] = 1e8,
     out: Annotated[Path, typer.Option(help="The folder of the study and its result; the same one goes on.")] = Path(
         "comparison"
@@ -308,8 +367,13 @@ def compare(
     given = {name: value for name, value in locals().items() if name in TrainConfig.model_fields and value is not None}
     given = {name: value for name, value in given.items() if name not in ("data", "method")}
     given |= {"targets": [t.strip() for t in targets.split(",")]} if targets is not None else {}
-    given |= {"shots": None} if full_shot else {}
+    given |= {"shots": _drawn(shots, full_shot)}
+    if trials is not None and search != "optuna":
+        raise UsageError(f"--trials: is of --search optuna, but the search is {search}; leave it out")
+    if not math.isfinite(m0):
+        raise UsageError(f"--m0: a finite number was expected, {m0} given")
     base, numbers = resolve(given), _numbers("--seeds", seeds)
+    _check_out(out)
     from kadapt_cli import compare as worker
     from kadapt_cli.adapters import METHODS
 
@@ -320,15 +384,15 @@ def compare(
         base=base,
         search=search,
         search_epochs=search_epochs,
-        trials=trials,
+        trials=20 if trials is None else trials,
         select=select,
     )
-    found = worker.compare(grid, out, Display(Console(stderr=True)), storage=storage, jobs=jobs, m0=m0)
+    found = worker.compare(grid, out, Display(new_console(stderr=True)), storage=storage, jobs=jobs, m0=m0)
     if as_json:
         _print_json(found.document)
         return
-    Console().print(found.shown)
-    print_line(Console(), f"wrote {out / worker.PAGE}, and the same as .csv, .json and .svg")
+    new_console().print(found.shown)
+    print_line(new_console(), f"wrote {out / worker.PAGE}, and the same as .csv, .json and .svg")
 
 
 @app.command("probe-id")
@@ -341,7 +405,9 @@ def probe_id(
     per: Annotated[
         Literal["block", "model"], typer.Option(help="A dimension for each block, or one for all blocks together.")
     ] = "block",
-    shots: Annotated[int, typer.Option(min=2, help="Training images drawn a class, validation included.")] = 5,
+    shots: Annotated[
+        int | None, typer.Option(min=2, max=MAX_COUNT, help=f"{SHOTS} \\[default: 5]", show_default=False)
+    ] = None,
     full_shot: Annotated[bool, typer.Option("--full-shot", help="All training images instead of --shots.")] = False,
     threshold: Annotated[float, typer.Option(help="The share of directly trained weights' score to reach.")] = 0.9,
     above: Annotated[
@@ -353,20 +419,23 @@ def probe_id(
     ] = "fastfood",
     said: Annotated[bool, typer.Option("--said", help="A trained factor a tensor (SAID).")] = False,
     dims: Annotated[str, typer.Option(help="The d to try, comma-separated; auto: 8, 64, 512, … up to D/4.")] = "auto",
-    refine: Annotated[int, typer.Option(min=0, help="Halvings of the gap in which d90 lies.")] = 2,
-    seeds: Annotated[int, typer.Option(min=1, help="How often all is measured, with seeds 0, 1, …")] = 1,
+    refine: Annotated[int, typer.Option(min=0, max=64, help="Halvings of the gap in which d90 lies.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="How often all is measured, with seeds 0, 1, …")] = 1,
     folds: Annotated[
-        int, typer.Option(min=1, help="Of the cross-validation; 1 uses the data's own validation images.")
+        int, typer.Option(min=1, max=100, help="Of the cross-validation; 1 uses the data's own validation images.")
     ] = 5,
     epochs: Annotated[int, _option("epochs")] = 10,
     batch_size: Annotated[int, _option("batch_size")] = 8,
     lr: Annotated[float | None, _option("lr")] = None,
     keep: Annotated[
-        int | None, typer.Option(min=1, help="Select the so many lowest. \\[default: half]", show_default=False)
+        int | None,
+        typer.Option(min=1, max=MAX_COUNT, help="Select the so many lowest. \\[default: half]", show_default=False),
     ] = None,
     budget: Annotated[
         int | None,
-        typer.Option(min=1, help="Select what kadaptation trains with so many parameters.", show_default=False),
+        typer.Option(
+            min=1, max=2**40, help="Select what kadaptation trains with so many parameters.", show_default=False
+        ),
     ] = None,
     metric: Annotated[str | None, _option("metric")] = None,
     img_size: Annotated[int | None, _option("img_size")] = None,
@@ -384,8 +453,9 @@ def probe_id(
 ) -> None:
     """Measure how few dimensions each submodule needs, and choose what to adapt."""
     given = {name: value for name, value in locals().items() if name in TrainConfig.model_fields and value is not None}
-    given |= {"method": "subspace", "augment": "none", "dims": None, "shots": None if full_shot else shots}
-    base = resolve(given | ({"pretrained": False} if no_pretrained else {}))
+    given |= {"method": "subspace", "augment": "none", "dims": None, "shots": _drawn(shots, full_shot)}
+    base = resolve(given | _random_weights(no_pretrained, weights))
+    _check_out(out)
     from kadapt_cli import probe as worker
     from kadapt_cli.probe.show import table
 
@@ -402,19 +472,42 @@ def probe_id(
         budget=budget,
         keep=keep,
     )
-    document = worker.probe(plan, out, Display(Console(stderr=True)))
+    document = worker.probe(plan, out, Display(new_console(stderr=True)))
     if as_json:
         _print_json(document)
         return
-    Console().print(table(document))
+    new_console().print(table(document))
     if document["selected"]:
-        print_line(Console(), f"next: kadapt train --data {data} --targets {out / worker.JSON}")
+        print_line(new_console(), f"next: kadapt train --data {data} --targets {out / worker.JSON}")
+
+
+def _check_out(out: Path) -> None:
+    """The folder to write need not be there, but neither it nor one above it can be a file."""
+    for folder in (out, *out.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(
+                f"--out: {folder} is a file; give a folder that is new, empty or an earlier one of kadapt's"
+            )
+
+
+def _random_weights(no_pretrained: bool, weights: str | None) -> dict[str, Any]:
+    """What --no-pretrained sets, if it is given."""
+    if no_pretrained and weights is not None:
+        raise UsageError("--no-pretrained: was given beside --weights; give one of them")
+    return {"pretrained": False} if no_pretrained else {}
+
+
+def _drawn(shots: int | None, full_shot: bool) -> int | None:
+    """Shots a class, 5 when not given; None for all images."""
+    if full_shot and shots is not None:
+        raise UsageError("--shots: was given beside --full-shot; give one of them")
+    return None if full_shot else 5 if shots is None else shots
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Comma-separated whole numbers from 0."""
+    """Comma-separated whole numbers from 0, of 32 bits."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
+    if not all(part.isdecimal() and len(part) < 20 and int(part) < 2**32 for part in parts):
         raise UsageError(f"{option}: whole numbers from 0 were expected, separated by commas, {text!r} given")
     return tuple(int(part) for part in parts)
 
@@ -462,11 +555,15 @@ def bench_kernels(
     from kadapt_cli import bench
     from kadapt_cli.bench import options, tables
 
-    console, words = Console(), Console(stderr=True)
+    console, words = new_console(), new_console(stderr=True)
 
     def say(line: str) -> None:
         print_line(words, line)
 
+    beside = {"--aot": aot, "--sweep": sweep, "--csv": csv, "--svg": svg, "--json": sweep and as_json}
+    alone = [option for option, value in beside.items() if value]
+    if len(alone) > 1 and alone[0] in ("--aot", "--sweep"):
+        raise UsageError(f"{alone[1]}: was given beside {alone[0]}, which does not take it; give one of them")
     if aot is not None:
         rows = bench.aot(aot, dtype, quick)
         if as_json:
@@ -520,7 +617,7 @@ def data_list(as_json: JsonFlag = False) -> None:
         counts = [f"{row[key]:,}" if row[key] else "–" for key in ("classes", "train", "val", "test")]
         way = "here" if row["present"] else ways[row["obtained"].split()[0]]
         table.add_row(row["name"], *counts, row["metric"], way)
-    console = Console()
+    console = new_console()
     console.print(table, "")
     print_line(console, f"they live in {catalog.data_root()}, which KADAPT_DATA changes")
 
@@ -528,8 +625,10 @@ def data_list(as_json: JsonFlag = False) -> None:
 @data_app.command("check")
 def data_check(
     source: Annotated[str, typer.Argument(metavar="NAME|PATH", help="A named set, or a folder of images.")],
-    shots: Annotated[int | None, typer.Option(help="Training images a class. \\[default: all]")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    shots: Annotated[
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="Training images a class. \\[default: all]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draw.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Open data as a run would, decode every image of its splits, and say what is there; bad images end with code 3."""
@@ -545,7 +644,7 @@ def data_check(
 
 
 def _print_check(found: dict[str, Any]) -> None:
-    console = Console()
+    console = new_console()
     print_line(console, f"{found['name']}: {len(found['classes'])} classes ({listed(found['classes'])})")
     print_line(console, f"metric: {found['metric']}")
     for split, count in found["splits"].items():
@@ -562,5 +661,5 @@ def _print_check(found: dict[str, Any]) -> None:
 
 def _print_json(document: dict[str, Any]) -> None:
     """One line; what is not printable, such as an escape sequence in a class name, as JSON's own \\u001b."""
-    text = json.dumps(document, ensure_ascii=False)
+    text = json.dumps(document, ensure_ascii="utf" not in sys.stdout.encoding.lower())
     print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))

@@ -1,5 +1,6 @@
 """What a user sees while a run trains: a live display on a terminal, plain lines elsewhere. All of it on stderr."""
 
+import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -13,6 +14,11 @@ from kadapt_cli.errors import listed, visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+
+def new_console(*, stderr: bool = False) -> Console:
+    """A rich console on stdout or stderr; with NO_COLOR also without bold and dim, which rich would keep."""
+    return Console(stderr=stderr, color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
 def print_line(console: Console, line: str) -> None:

@@ -112,7 +112,7 @@ def held(out: Path) -> Iterator[None]:
         UsageError: Another process is writing there (which).
         MachineError: The folder cannot be made, written or locked.
     """
-    made = not out.exists()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     lock = _locked(out)
     try:
         for path in out.iterdir():
@@ -126,7 +126,8 @@ def held(out: Path) -> Iterator[None]:
             (out / HOLDER).unlink(missing_ok=True)
             if made and os.listdir(out) == [LOCK]:
                 (out / LOCK).unlink()
-                out.rmdir()
+                for folder in made:
+                    folder.rmdir()
         lock.release()
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from kadapt_cli import __version__, runs, signals
 from kadapt_cli.adapters import adapt, method
@@ -35,7 +35,7 @@ from kadapt_cli.errors import (
 )
 from kadapt_cli.evaluate import load_backbone
 from kadapt_cli.models import Backbone
-from kadapt_cli.progress import Display, print_line
+from kadapt_cli.progress import Display, new_console, print_line
 from kadapt_cli.session import Material, text_start
 from kadapt_cli.study import Record, Study, import_optuna, open_study
 
@@ -190,8 +190,8 @@ def _worker(grid: Grid, out: Path, storage: str | None, threads: int) -> None:
     try:
         backbone = load_backbone(grid.base)
         study = open_study(out, storage, grid.settings(backbone))
-        Worker(grid, study, Display(Console(stderr=True)), backbone, out).work()
+        Worker(grid, study, Display(new_console(stderr=True)), backbone, out).work()
     except KadaptError as error:
         if not isinstance(error, InterruptedRunError):
-            print_line(Console(stderr=True), f"kadapt: {error}")
+            print_line(new_console(stderr=True), f"kadapt: {error}")
         sys.exit(error.exit_code)

@@ -9,6 +9,7 @@ from kadapt_cli.adapters import method
 from kadapt_cli.catalog import is_named
 from kadapt_cli.compare.search import BUDGETS, Search, coarse, faithful, none, tpe
 from kadapt_cli.config import TrainConfig
+from kadapt_cli.errors import UsageError, shown
 from kadapt_cli.evaluate import choose_device
 from kadapt_cli.models import Backbone
 from kadapt_cli.session import precision_of
@@ -100,9 +101,12 @@ class Cell(NamedTuple):
 
 
 def variant(name: str) -> tuple[str, tuple[str, ...] | None]:
-    """The method of METHOD or METHOD@TARGETS, and its targets where it has its own."""
-    base, _, targets = name.partition("@")
-    return base, tuple(part.strip() for part in targets.split(",")) if targets else None
+    """The method of METHOD or METHOD@TARGETS, and its targets where it has its own; `UsageError` for an empty one."""
+    base, at, targets = name.partition("@")
+    parts = tuple(part.strip() for part in targets.split(","))
+    if at and not all(parts):
+        raise UsageError(f"--method: targets were expected behind the @, separated by commas, {shown(name)!r} given")
+    return base, parts if at else None
 
 
 def label(data: str) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from rich.console import Console
 
 from kadapt_cli import metrics
 from kadapt_cli.compare import search
@@ -19,7 +18,7 @@ from kadapt_cli.errors import TERMINATED, InterruptedRunError, KadaptError, Mach
 from kadapt_cli.evaluate import logits
 from kadapt_cli.models import Backbone
 from kadapt_cli.probe import auto_targets
-from kadapt_cli.progress import Display
+from kadapt_cli.progress import Display, new_console
 from kadapt_cli.session import Material, Session, choose_metric, prepare
 from kadapt_cli.study import Record, Study
 from kadapt_cli.train import costs, fit, forget_peak
@@ -35,7 +34,7 @@ class Worker:
         self.out = out
         self.study = study
         self.display = display
-        self.quiet = Display(Console(stderr=True), quiet=True)
+        self.quiet = Display(new_console(stderr=True), quiet=True)
         self.backbone = backbone
         self.before = len(study.records())
         self.opened: tuple[str, int] | None = None

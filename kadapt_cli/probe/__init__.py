@@ -11,7 +11,7 @@ This is a property of how a task is learnt (Li et al., "Measuring the Intrinsic 
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,10 +119,11 @@ def probe(plan: Plan, out: Path, display: Display) -> Record:
     backbone = load_backbone(plan.base)
     found = candidates(backbone, plan.groups, plan.per)
     _check(plan, found)
+    images = {seed: _images(plan, seed) for seed in plan.seeds}
     study = FileStudy(out, _settings(plan, backbone))
     with runs.held(out):
         with show.Board(display.console, display.quiet) as board:
-            prober = Prober(plan, backbone, study, display, board)
+            prober = Prober(plan, backbone, images, study, display, board)
             try:
                 for candidate in found:
                     prober.measure(candidate)
@@ -156,6 +157,15 @@ def _check(plan: Plan, found: Sequence[Candidate]) -> None:
                 )
 
 
+def _images(plan: Plan, seed: int) -> ImageSet:
+    """The images that a seed draws."""
+    base = plan.base
+    val = "auto" if plan.folds == 1 else "none"
+    images = open_images(base.data, shots=base.shots, seed=seed, val=val, skip_bad=base.skip_bad)
+    choose_metric(images, base.metric)
+    return images
+
+
 def _settings(plan: Plan, backbone: Backbone) -> Record:
     """What decides the score of a trial: a folder holds trials of one such record."""
     shared = plan.base.model_dump(exclude={"seed", "targets", "method", "val", "save_every", "patience"})
@@ -166,7 +176,15 @@ def _settings(plan: Plan, backbone: Backbone) -> Record:
 class Prober:
     """Measures candidates, and keeps what trials on the same images share."""
 
-    def __init__(self, plan: Plan, backbone: Backbone, study: FileStudy, display: Display, board: show.Board) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        backbone: Backbone,
+        images: Mapping[int, ImageSet],
+        study: FileStudy,
+        display: Display,
+        board: show.Board,
+    ) -> None:
         self.plan = plan
         self.board = board
         self.done: list[Candidate] = []
@@ -174,7 +192,7 @@ class Prober:
         self.study = study
         self.display = display
         self.quiet = Display(display.console, quiet=True)
-        self.materials = {seed: self._open(seed) for seed in plan.seeds}
+        self.materials = {seed: self._open(seed, images[seed]) for seed in plan.seeds}
         self.scores: dict[Key, float] = {_key(record): record["score"] for record in self._trials()}
 
     def measure(self, candidate: Candidate) -> None:
@@ -315,12 +333,9 @@ class Prober:
         score: float = session.history[-1]["val_accuracy"]
         return score
 
-    def _open(self, seed: int) -> list[Material]:
+    def _open(self, seed: int, images: ImageSet) -> list[Material]:
         """The folds of a seed's images, which must be those of the trials that are there."""
         base, count = self.plan.base, self.plan.folds
-        val = "auto" if count == 1 else "none"
-        images = open_images(base.data, shots=base.shots, seed=seed, val=val, skip_bad=base.skip_bad)
-        choose_metric(images, base.metric)
         known = {r["seed"]: r["digest"] for r in self.study.records() if r["kind"] == "images"}
         if seed not in known:
             self.study.add({"kind": "images", "seed": seed, "digest": digest_of(images)})
