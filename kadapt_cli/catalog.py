@@ -202,6 +202,7 @@ def resumable_downloads() -> Iterator[None]:
 
     fetched: list[str] = []
     unpack = utils.extract_archive
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # no member leaves the folder
 
     def fetch(url: str, filename: str | Path) -> None:
         fetched.append(url)

@@ -59,8 +59,9 @@ def artefacts(home: Path) -> dict[str, Artefact]:
     grid = {key: value for key, value in grid.items() if key not in ("kind", "sha256")}
 
     def adapter() -> Any:
+        found = evaluate.open_run(run)
         with torch.inference_mode():
-            return evaluate.open_run(run).adapted.module()(images).tolist()
+            return found.adapted.module()(images).tolist(), found.classes, found.info
 
     def state() -> Any:
         tensors, info, _ = runs.load_state(run)

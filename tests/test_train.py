@@ -10,8 +10,10 @@ import sys
 import time
 import tomllib
 import xml.etree.ElementTree as ET
+from contextlib import suppress
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 from rich.console import Console
@@ -507,3 +509,24 @@ def test_16_bit_training_is_close_to_fp32(finished, photos, tmp_path, precision)
     tensors, _ = runs.load_tensors(tmp_path / "run" / runs.ADAPTER, "adapter")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert 0 <= result["metrics"]["test"]["accuracy"] <= 1
+
+
+def test_deterministic_asks_for_it_and_changes_nothing_on_a_cpu(tiny, tmp_path):
+    def action():
+        with suppress(SystemExit):
+            faults.command(*tiny.train, "--out", tmp_path / "asked", "--deterministic")()
+        print(torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"])
+
+    assert faults.forked(action).out.endswith("True :4096:8\n")
+    assert faults.kadapt(*tiny.train, "--out", tmp_path / "plain").code == 0
+    assert faults.differences(tmp_path / "asked", tmp_path / "plain") == []
+
+
+def test_files_have_the_modes_of_the_umask(tiny, tmp_path):
+    def action():
+        os.umask(0o027)
+        faults.command(*tiny.train, "--out", tmp_path / "run")()
+
+    assert faults.forked(action).code == 0
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "run").iterdir()}
+    assert {mode for name, mode in modes.items() if name != runs.LOCK} == {"0o640"}
