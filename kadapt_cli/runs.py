@@ -156,7 +156,7 @@ def _holder(out: Path) -> str:
         try:
             said = json.loads((out / HOLDER).read_text(encoding="utf-8"))
             pid, host, since = int(said["pid"]), str(said["host"])[:80], str(said["since"])[:40]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             pid, host, since = 0, "", ""
         if host and host != socket.gethostname():
             gone = f"if that machine is gone, delete {out / LOCK}"
@@ -253,6 +253,30 @@ def save_tensors(
     return full_info
 
 
+def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote, verified; while a run goes on saving, one state of it.
+
+    Raises:
+        ModelError: Missing, not safetensors, of another kind or version, or its tensors are not what was written.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; give the folder of a run made by `kadapt train`")
+    while True:  # safetensors opens a file twice, first for its header: it may be replaced between the two
+        before = path.stat()
+        try:
+            found = _read_tensors(path, kind)
+        except (ModelError, RuntimeError):
+            if _is_same(path.stat(), before):
+                raise
+            continue
+        if _is_same(path.stat(), before):
+            return found
+
+
+def _is_same(now: os.stat_result, before: os.stat_result) -> bool:
+    return (now.st_ino, now.st_mtime_ns, now.st_size) == (before.st_ino, before.st_mtime_ns, before.st_size)
+
+
 def check_header(path: Path) -> None:
     """Raise `ModelError` for a safetensors file whose header would take long, or much memory, to parse."""
     with path.open("rb") as file:
@@ -264,14 +288,7 @@ def check_header(path: Path) -> None:
         )
 
 
-def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote, verified.
-
-    Raises:
-        ModelError: Missing, not safetensors, of another kind or version, or its tensors are not what was written.
-    """
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; give the folder of a run made by `kadapt train`")
+def _read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     check_header(path)
     try:
         with safe_open(path, framework="pt") as file:

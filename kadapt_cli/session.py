@@ -7,6 +7,7 @@ goes on to the same bits on a CPU.
 import copy
 import json
 import math
+import os
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,6 +150,9 @@ def prepare(
         start: Start the head from the training images.
         material: Images and backbone that are there already; the backbone is copied. Both are opened when None.
     """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
     device = choose_device(config.device)
     dtype = precision_of(config.precision, device)
     missing = why_no_triton(torch.empty(0, dtype=dtype, device=device)) if config.backend == "triton" else ""
