@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 # Tests run in as many processes as there are cores; torch must not start that many threads in each.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # and forks of a process whose torch has threads would hang
 import timm
 import torch  # reads the line above
 from timm.models import save_for_hf
