@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Tests run in as many processes as there are cores, and fork: numpy and torch, which read this, must not start threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import pytest
-from PIL import Image
-
-# Tests run in as many processes as there are cores; torch must not start that many threads in each.
-os.environ["OMP_NUM_THREADS"] = "1"  # and forks of a process whose torch has threads would hang
 import timm
-import torch  # reads the line above
+import torch
+from PIL import Image
 from timm.models import save_for_hf
 
 from kadapt_cli import cli
