@@ -339,3 +339,12 @@ def test_trained_parameters_are_those_of_the_published_table():
         "full": 87_878_739,
         "linear": 29_523,
     }
+
+
+@pytest.mark.parametrize(
+    ("targets", "lr"),
+    [(("q", "v"), 4e-3), (("q",), 4e-3), (("attn",), 2e-3), (("attn", "mlp"), 4e-3 / 3), (("blocks.[01].mlp",), 4e-3)],
+)
+def test_the_rate_falls_with_the_segments_of_a_block(targets, lr):
+    assert adapt(load("vit32"), TrainConfig(targets=targets), 3).config.lr == pytest.approx(lr)
+    assert adapt(load("vit32"), TrainConfig(targets=targets, lr=0.1), 3).config.lr == 0.1

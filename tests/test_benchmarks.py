@@ -1,9 +1,14 @@
 """The benchmark scripts run, and their rows say what they should."""
 
 import csv
+import io
+import runpy
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+
+from PIL import Image, ImageOps
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -27,3 +32,28 @@ def test_train_step_compares_all_contenders_in_one_run(tmp_path):
     assert counts["peft LoRA r=32 on qkv"] == 6 * 32 * (192 + 576)
     assert counts["full fine-tuning"] == 2_691_648
     assert float(rows["frozen, input gradient"]["ratio_p50"]) == 1
+
+
+def test_target_rates_makes_its_tasks_of_disjoint_classes(tmp_path):
+    for split, count in (("train", 31), ("test", 2)):
+        with zipfile.ZipFile(tmp_path / f"cifar100-{split}.zip", "w") as archive:
+            for name in range(50):
+                for number in range(count):
+                    picture = io.BytesIO()
+                    Image.new("RGB", (32, 32), (number, name, 9)).save(picture, "WEBP", lossless=True)
+                    archive.writestr(f"class{name:02}/{number:04}.webp", picture.getvalue())
+    scripts = runpy.run_path(str(BENCHMARKS / "target_rates.py"))
+    scripts["make"](tmp_path, tmp_path / "tasks")
+    found = {task: sorted(p.name for p in (tmp_path / "tasks" / task / "train").iterdir()) for task in scripts["TASKS"]}
+    assert [len(names) for names in found.values()] == [10, 10, 20, 10]
+    assert len({name for names in found.values() for name in names}) == 50
+    some = found["plain1"][0]
+    counts = [len(list((tmp_path / "tasks" / "plain1" / split / some).iterdir())) for split in ("train", "test")]
+    assert counts == [30, 2]
+    with Image.open(tmp_path / "tasks" / "plain1" / "train" / some / "0007.png") as image:
+        assert image.getpixel((0, 0)) == (7, int(some[-2:]), 9)
+    other = found["negative"][0]
+    with Image.open(tmp_path / "tasks" / "negative" / "train" / other / "0000.png") as image:
+        red, green, blue = image.getpixel((0, 0))
+    grey = ImageOps.grayscale(Image.new("RGB", (1, 1), (0, int(other[-2:]), 9))).getpixel((0, 0))
+    assert red == green == blue == 255 - grey
