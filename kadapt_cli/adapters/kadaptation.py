@@ -16,8 +16,8 @@ The scale defaults to 14/√K, K the fewest columns of a segment: a random rank-
 √K, so the first steps change the output alike at any width. The 14 and the learning rate were chosen on six small tasks
 (benchmarks/README.md).
 
-The learning rate is that of q and v, two segments a block, and falls as more segments change a block's output at
-once: with attention and MLP, six a block, that of q and v overshoots (benchmarks/README.md).
+With more than two segments a block, which change its output at once, the learning rate of q and v overshoots: it is a
+quarter then (benchmarks/README.md).
 
 k never gets a bias: adding one vector to all keys shifts each query's scores by a constant, which softmax ignores.
 
@@ -106,8 +106,8 @@ def resolve(config: TrainConfig, segments: Sequence[Segment]) -> TrainConfig:
             f"{terms * rank}; use --backend auto"
         )
     scale = config.scale or SCALE / min(s.in_features for s in segments) ** 0.5
-    in_a_block = len(segments) / len({s.block for s in segments})
-    lr = config.lr or LR * min(1.0, 2 / in_a_block)
+    is_wide = len(segments) > 2 * len({s.block for s in segments})
+    lr = config.lr or (LR / 4 if is_wide else LR)
     return config.model_copy(update={"terms": terms, "rank": rank, "scale": scale, "lr": lr})
 
 
