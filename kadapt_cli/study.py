@@ -86,7 +86,8 @@ class FileStudy:
         try:
             (out / CLAIMS).mkdir(parents=True, exist_ok=True)
             with self.lock:
-                if not self.path.exists():
+                if not self.path.exists() or b"\n" not in self.path.read_bytes():  # killed in its first line
+                    self.path.unlink(missing_ok=True)
                     self._append({"kind": "grid"} | grid)
         except OSError as error:
             raise MachineError(f"--out: {out} cannot be written ({error.strerror}); give another folder") from None

@@ -80,14 +80,16 @@ def alone(images, tmp_path_factory) -> Path:
 
 
 def test_two_trainings_with_one_out(images, alone, tmp_path, tally, quick):
-    """Exactly one wins, with the result of an undisturbed run; the other exits 2 and says which process it is."""
-    wrong = []
+    """Exactly one wins, with the result of an undisturbed run; the other exits 2 and says which process it is.
+
+    A second that comes when the first has ended, which a busy machine decides, is told of the run that is there.
+    """
+    wrong, named = [], 0
     offsets = [0.0, 0.0, 0.03, 0.3, 0.9] if quick else [0.0] * 8 + [k * 0.04 for k in range(32)]
     for number, offset in enumerate(offsets):
         out = tmp_path / str(number)
         first = faults.Trial(faults.command(*options(images), "--out", out))
         time.sleep(offset)
-        is_over = (out / runs.RESULT).exists()
         second = faults.Trial(faults.command(*options(images), "--out", out))
         found = {trial.pid: trial.wait() for trial in (second, first)}
         winners = [pid for pid, outcome in found.items() if outcome.code == 0]
@@ -95,11 +97,13 @@ def test_two_trainings_with_one_out(images, alone, tmp_path, tally, quick):
         if len(winners) != 1 or len(losers) != 1:
             wrong.append((offset, [(outcome.code, outcome.err) for outcome in found.values()]))
             continue
-        named = f"is being written by process {winners[0]} on {socket.gethostname()} since 2" in losers[0].said
-        if not named and not (is_over and "already holds a run" in losers[0].said):
+        if f"is being written by process {winners[0]} on {socket.gethostname()} since 2" in losers[0].said:
+            named += 1
+        elif "already holds a run" not in losers[0].said:
             wrong.append((offset, losers[0].said))
         wrong += [(offset, name) for name in differences(out, alone / "linear") + left_over(out)]
     assert not wrong
+    assert named > len(offsets) / 2
     tally(ROW, len(offsets))
 
 
