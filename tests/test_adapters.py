@@ -224,7 +224,7 @@ def test_terms_and_scale_are_filled_in():
     available = segments(load("vit32").module)
     resolved = kadaptation.resolve(TrainConfig(), available)
     assert (resolved.terms, resolved.scale) == (32, pytest.approx(14 / 192**0.5))
-    given = TrainConfig(terms=16, rank=1, scale=0.5)
+    given = TrainConfig(terms=16, rank=1, scale=0.5, lr=2e-3)
     assert kadaptation.resolve(given, available) == given
     for targets, widths in ((["q", "v"], "width 192"), (["q", "fc2"], "widths 192, 768")):
         message = f"--terms: T must divide the {widths}, but 5 was given; choose from [1, 2"
