@@ -191,7 +191,7 @@ def test_either_process_is_killed(port, images, alone, tmp_path, tally, quick):
     """The other ends by itself with one line, or by torchrun's SIGTERM where they have not met; the run goes on."""
     wrong = []
     cases = list(product(POINTS.items(), (0, 1)))
-    for number, ((name, hooks), victim) in enumerate(cases[2:5] if quick else cases):
+    for number, ((name, hooks), victim) in enumerate(cases[4:6] if quick else cases):
         out = tmp_path / f"{name} {victim}"
         trials = together(port, start(images, out), {victim: hooks[victim]})
         killed = trials[victim].wait()
@@ -212,7 +212,7 @@ def test_either_process_is_killed(port, images, alone, tmp_path, tally, quick):
         else:
             wrong += [(name, victim, what) for what in differs(out, alone)]
     assert not wrong
-    tally(ROW, 3 if quick else len(cases))
+    tally(ROW, 2 if quick else len(cases))
 
 
 def test_a_signal_to_one_stops_both(port, images, alone, tmp_path, tally, quick):
@@ -221,7 +221,7 @@ def test_a_signal_to_one_stops_both(port, images, alone, tmp_path, tally, quick)
     places = [(train, "_step", 2), (train, "save_state", 2), (train, "logits", 1)]
     cases = [(number, rank, place) for number, rank, place in product(CODES, (0, 1), places)]
     cases = [case for case in cases if case[2][1] != "save_state" or case[1] == 0]  # the first alone saves
-    for index, (number, rank, place) in enumerate(cases[1::7] if quick else cases):
+    for index, (number, rank, place) in enumerate(cases[1::8] if quick else cases):
         out = tmp_path / str(index)
         found = [trial.wait() for trial in together(port, start(images, out), {rank: at(*place, me(number))})]
         good = [outcome.code == CODES[number] and "saved after" in outcome.said for outcome in found]
@@ -232,7 +232,7 @@ def test_a_signal_to_one_stops_both(port, images, alone, tmp_path, tally, quick)
         wrong += [(number, rank, place[1], outcome.err) for outcome in after if outcome.code]
         wrong += [(number, rank, place[1], what) for what in differs(out, alone)]
     assert not wrong
-    tally(ROW, len(cases[1::7] if quick else cases))
+    tally(ROW, len(cases[1::8] if quick else cases))
 
 
 def test_two_one_two(port, images, alone, tmp_path, tally, quick):
