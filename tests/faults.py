@@ -5,11 +5,13 @@ leaves on disk is judged by the test that started it.
 """
 
 import builtins
+import ctypes
 import io
 import json
 import os
 import resource
 import signal
+import struct
 import sys
 import time
 import traceback
@@ -148,6 +150,19 @@ def command(*arguments: object) -> Callable[[], None]:
 def kadapt(*arguments: object, limit_s: float = LIMIT_S) -> Outcome:
     """Run the command line in a fork: `kadapt("eval", run)`."""
     return forked(command(*arguments), limit_s)
+
+
+def unprivileged(*arguments: object) -> Outcome:
+    """The command line where file modes count. They do not for root, whose capabilities are given up (capset(2))."""
+
+    def run() -> None:
+        version_3, this_process = 0x20080522, 0
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.capset(struct.pack("Ii", version_3, this_process), bytes(24)):
+            raise OSError(ctypes.get_errno(), "capset")
+        command(*arguments)()
+
+    return forked(run)
 
 
 class Operations:

@@ -6,7 +6,6 @@ import os
 import stat
 import struct
 import subprocess
-import tempfile
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
@@ -243,40 +242,21 @@ def test_pixels(tmp_path: Path, tally: Callable[[str, int], None]) -> None:
     tally(ROW, len(expected))
 
 
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that every user may enter, unlike pytest's."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
-
-
-def as_nobody(*arguments: object) -> faults.Outcome:
-    """The command line of a user for whom file modes count, as they do not for root."""
-
-    def run() -> None:
-        if os.geteuid() == 0:
-            os.setegid(65534)
-            os.seteuid(65534)
-        faults.command(*arguments)()
-
-    return faults.forked(run)
-
-
-def test_what_may_not_be_read(open_folder: Path, run: Path, tally: Callable[[str, int], None]) -> None:
+def test_what_may_not_be_read(tmp_path: Path, run: Path, tally: Callable[[str, int], None]) -> None:
     """A file and a folder without permission are named; a folder that may only be read is no problem."""
-    folder = fill(open_folder / "photos", {"a": 4, "b": 4})
+    folder = fill(tmp_path / "photos", {"a": 4, "b": 4})
     locked(folder / "a" / "locked.png")
-    checked = as_nobody("data", "check", folder, "--json")
+    checked = faults.unprivileged("data", "check", folder, "--json")
     assert (checked.code, json.loads(checked.out)["splits"]) == (3, {"train": 4, "val": 2, "test": 2})
     assert json.loads(checked.out)["bad"] == ["a/locked.png: cannot be read (Permission denied)"]
     (folder / "a" / "locked.png").unlink()
     (folder / "a").chmod(0o555)
     folder.chmod(0o555)
-    assert as_nobody("data", "check", folder, "--json").code == 0
+    assert faults.unprivileged("data", "check", folder, "--json").code == 0
     (folder / "b").chmod(0)
-    checked = as_nobody("data", "check", folder)
+    checked = faults.unprivileged("data", "check", folder)
     assert (checked.code, checked.said) == (3, f"{folder}/b: cannot be read (Permission denied)")
+    (folder / "b").chmod(0o755)
     tally(ROW, 3)
 
 
