@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from kadapt_cli import signals
 
@@ -24,19 +24,25 @@ def main() -> None:
         sys.exit(stopped.exit_code)
 
 
-class _Stdout(io.FileIO):
-    """stdout; when its reader has left, as `head` does, what is still to be said goes nowhere and is no failure."""
+class _Output(io.FileIO):
+    """stdout or stderr, whose reader may leave, as `head` does: what is still to be said goes nowhere.
+
+    That is no failure, and neither is anything that keeps a message from stderr: work is not lost for that. A result
+    that stdout cannot take is one.
+    """
 
     def write(self, data: "ReadableBuffer", /) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return super().write(data)
 
 
 def _open_streams() -> None:
-    """Point streams that were closed at nothing, or the next file opened would take their place; replace stdout."""
+    """Point streams that were closed at nothing, or the next file opened would take their place; wrap the outputs."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
@@ -44,8 +50,13 @@ def _open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - for as long as the process
-    buffer = io.BufferedWriter(_Stdout(1, "w", closefd=False))
-    sys.stdout = io.TextIOWrapper(buffer, encoding=sys.stdout.encoding, line_buffering=sys.stdout.isatty())
+    sys.stdout = _output(1, sys.stdout, line_buffering=sys.stdout.isatty())
+    sys.stderr = _output(2, sys.stderr, line_buffering=True)
+
+
+def _output(number: int, stream: TextIO, *, line_buffering: bool) -> io.TextIOWrapper:
+    buffer = io.BufferedWriter(_Output(number, "w", closefd=False))
+    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=line_buffering)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from kadapt_cli.runs import is_sealed, sealed
 Record = dict[str, Any]
 RECORDS = "study.jsonl"
 CLAIMS = ".claims"
+FORMAT_VERSION = 1  # of the records
 BEAT_S = 30.0
 STALE_S = 300.0
 SETTLE_S = 5.0
@@ -54,6 +55,7 @@ def open_study(out: Path, storage: str | None, grid: Record) -> Study:
         ModelError: The file's first line, which holds the settings, is damaged.
         MachineError: The folder or the storage cannot be reached.
     """
+    grid = {"format_version": FORMAT_VERSION} | grid
     return FileStudy(out, grid) if storage is None else OptunaStudy(storage, grid)
 
 

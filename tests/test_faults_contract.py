@@ -84,14 +84,17 @@ def _closed() -> None:
     sys.stdout = None  # as Python starts without a descriptor 1
 
 
-def _full() -> None:
-    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+def _full(number: int) -> Callable[[], None]:
+    return lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), number)
 
 
-def _reader_left() -> None:
-    reader, writer = os.pipe()
-    os.dup2(writer, 1)
-    os.close(reader)
+def _reader_left(number: int) -> Callable[[], None]:
+    def change() -> None:
+        reader, writer = os.pipe()
+        os.dup2(writer, number)
+        os.close(reader)
+
+    return change
 
 
 def _ascii() -> None:
@@ -111,8 +114,10 @@ CONDITIONS: dict[str, tuple[Callable[[], None], int, bool]] = {  # what is done,
     "NO_COLOR": (_environment(NO_COLOR="1", FORCE_COLOR=None), 0, True),
     "TERM=dumb": (_environment(TERM="dumb"), 0, True),
     "stdout closed": (_closed, 0, False),
-    "stdout full": (_full, 5, False),
-    "the reader left": (_reader_left, 0, False),
+    "stdout full": (_full(1), 5, False),
+    "stderr full": (_full(2), 0, True),
+    "the reader left": (_reader_left(1), 0, False),
+    "the reader of stderr left": (_reader_left(2), 0, True),
     "COLUMNS=40": (_environment(COLUMNS="40"), 0, True),
     "ASCII": (_ascii, 0, True),
     "no HOME": (_environment(HOME=None), 0, True),
