@@ -59,7 +59,7 @@ def main() -> None:
         if not _has_folder():
             raise MachineError("the current folder was removed; change to another one")
         _check_arguments(sys.argv[1:])
-        app()
+        app(prog_name="kadapt")
     except SystemExit as done:
         code = done.code
     except KadaptError as error:
