@@ -127,6 +127,13 @@ def test_a_study_of_another_grid_says_what_differs(open_again):
         open_again({"shots": 10, "search": "coarse"})
 
 
+def test_a_study_of_another_format_is_refused(open_again, monkeypatch):
+    open_again()
+    monkeypatch.setattr("kadapt_cli.study.FORMAT_VERSION", 2)
+    with pytest.raises(UsageError, match="format_version 1, not 2"):
+        open_again()
+
+
 def test_a_storage_out_of_reach_is_one_line_without_its_password(tmp_path):
     pytest.importorskip("optuna", reason="needs the search extra")
     with pytest.raises(MachineError, match="cannot be opened") as caught:
