@@ -67,12 +67,13 @@ def main() -> None:
     except MemoryError:
         code = _fail("out of memory; close other programs, or use a smaller --model or --img-size", ENVIRONMENT)
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            sys.exit(_fail(f"{error.filename}: the name is too long; give a shorter one", USAGE))
-        if error.errno not in MACHINE_ERRORS:
-            raise
         where = f"{error.filename}: " if error.filename else ""
-        code = _fail(f"{where}{error.strerror}; nothing that was saved is lost", ENVIRONMENT)
+        if error.errno == errno.ENAMETOOLONG:
+            code = _fail(f"{where}the name is too long; give a shorter one", USAGE)
+        elif error.errno in MACHINE_ERRORS:
+            code = _fail(f"{where}{error.strerror}; nothing that was saved is lost", ENVIRONMENT)
+        else:
+            raise
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -402,12 +402,6 @@ def test_commit_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
     assert path.read_text() == "old"
 
 
-def test_files_follow_the_umask(finished):
-    mask = os.umask(0)
-    os.umask(mask)
-    assert {(finished[0] / name).stat().st_mode & 0o777 for name in (runs.ADAPTER, runs.CONFIG)} == {0o666 & ~mask}
-
-
 def test_config_does_not_depend_on_the_working_directory(photos, tmp_path, monkeypatch):
     """Trained with a relative path, resumed with the same one, and read from elsewhere."""
     monkeypatch.chdir(photos.parent)
