@@ -36,6 +36,8 @@ SETTINGS = (  # method, targets, learning rate
     ("kadaptation", "attn,mlp", 4e-3),
     ("attention", "q,v", 1e-3),
     ("ssf", "q,v", 2e-2),
+    *(("lora", "attn,mlp", lr) for lr in (5e-4, 2e-3, 4e-3)),
+    *(("lokr", "attn,mlp", lr) for lr in (5e-4, 2e-3, 8e-3)),
 )
 COUNTS = {"train": 30, "test": 60}  # images a class
 DIGITS = 600

@@ -47,10 +47,12 @@ class Worker:
             before = len(left)
             for cell in list(left):
                 with self.study.claim(str(cell)) as mine:
-                    if mine and (self._is_done(cell) or self._fill(cell)):
-                        left.remove(cell)
-                        open_cells = sum(not self._is_done(other) for other in left)
-                        self.display.say(f"{open_cells} of {len(self.grid.cells())} cells left")
+                    filled = mine and not self._is_done(cell) and self._fill(cell)
+                if self._is_done(cell):
+                    left.remove(cell)
+                if filled:
+                    open_cells = sum(not self._is_done(other) for other in left)
+                    self.display.say(f"{open_cells} of {len(self.grid.cells())} cells left")
             if len(left) == before:
                 time.sleep(WAIT_S)
 
