@@ -326,7 +326,7 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
     search: Annotated[
         Literal["none", "coarse", "faithful", "optuna"],
-        typer.Option(help="Of learning rate and weight decay: the methods' defaults, 5 trials, ELEVATER's, or Optuna."),
+        typer.Option(help="Of learning rate and weight decay: the methods' defaults, 6 trials, ELEVATER's, or Optuna."),
     ] = "none",
     trials: Annotated[
         int | None,

@@ -18,17 +18,17 @@ Value = tuple[float, float]
 Search = Generator[Settings, Value, None]
 
 FAILED: Value = (-math.inf, -math.inf)
-COARSE_RATES = (2e-4, 1e-3, 4e-3, 2e-2)
+COARSE_RATES = (2e-4, 1e-3, 4e-3, 2e-2, 1e-1)
 COARSE_DECAYS = (1e-4, 0.3)
-PROBE_DECAYS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+PROBE_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # ELEVATER's ranges (Li et al. 2022): rates and the exponents' grid of decays.
 FAITHFUL_RATES = tuple(10.0**e for e in range(-6, 0))
 FAITHFUL_DECAYS = tuple(10 ** (-6 + 12 * i / 96) for i in range(97))
-BUDGETS = {"none": 0, "coarse": 5, "faithful": 90}
+BUDGETS = {"none": 0, "coarse": 6, "faithful": 90}
 
 
 def coarse(has_rate: bool) -> Search:
-    """Four rates at a small decay, then a large decay at the best of them; five decays where there is no rate."""
+    """Five rates at a small decay, then a large decay at the best of them; six decays where there is no rate."""
     if not has_rate:
         for decay in PROBE_DECAYS:
             yield None, decay
