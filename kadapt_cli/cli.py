@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from kadapt_cli import __version__
-from kadapt_cli.config import MAX_COUNT, TrainConfig, blaming, resolve
+from kadapt_cli.config import MAX_COUNT, PROBE_BATCH_SIZE, PROBE_EPOCHS, TrainConfig, blaming, resolve
 from kadapt_cli.errors import (
     ENVIRONMENT,
     MACHINE_ERRORS,
@@ -425,8 +425,8 @@ def probe_id(
     folds: Annotated[
         int, typer.Option(min=1, max=100, help="Of the cross-validation; 1 uses the data's own validation images.")
     ] = 5,
-    epochs: Annotated[int, _option("epochs")] = 10,
-    batch_size: Annotated[int, _option("batch_size")] = 8,
+    epochs: Annotated[int, typer.Option(help="Of a trial, over the training images.")] = PROBE_EPOCHS,
+    batch_size: Annotated[int, typer.Option(help="Images an optimizer step of a trial.")] = PROBE_BATCH_SIZE,
     lr: Annotated[float | None, _option("lr")] = None,
     keep: Annotated[
         int | None,

@@ -21,6 +21,7 @@ MAX_NAME = 1024  # characters of a path or name
 MAX_TARGETS = 1000
 MAX_DOTS = 64  # the parser takes minutes for a key of thousands
 MAX_COUNT = 1_000_000
+PROBE_EPOCHS, PROBE_BATCH_SIZE = 10, 8  # of a trial of `kadapt probe-id`
 
 
 def _no_nul(name: str) -> str:
@@ -97,7 +98,10 @@ class TrainConfig(BaseModel):
     rule: Literal["factored", "full"] = Field("factored", description="A_t as a_t b_tᵀ (factored) or as a full matrix.")
     scale: float | None = Field(None, gt=0, description="s, the factor before ΔW; the method's own when not given.")
     dims: int | None = Field(
-        None, ge=1, lt=2**40, description="d, the dimensions of subspace (1000, or all the weights)."
+        None,
+        ge=0,
+        lt=2**40,
+        description="d, the dimensions of subspace (1000, or all the weights); 0 trains the head alone.",
     )
     projection: Literal["fastfood", "dense", "sparse", "identity"] = Field(
         "fastfood", description="Of subspace: how its d numbers move the weights; identity trains them directly."

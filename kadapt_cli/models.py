@@ -290,14 +290,14 @@ class _CaughtError(Exception):
 def first_trained_block(module: nn.Module) -> int:
     """The index of the first block with a trainable parameter; 0 when something before the blocks has one.
 
-    When nothing in the blocks is trained it is their number.
+    When nothing in the blocks is trained it is the last.
     """
     blocks: Any = module.blocks
     after = ("blocks.", "norm.", "fc_norm.", "attn_pool.", "head.")
     if any(p.requires_grad and not name.startswith(after) for name, p in module.named_parameters()):
         return 0
     trained = [index for index, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())]
-    return trained[0] if trained else len(blocks)
+    return trained[0] if trained else len(blocks) - 1
 
 
 def full_model(backbone: Backbone, num_classes: int) -> nn.Module:

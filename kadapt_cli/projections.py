@@ -6,7 +6,8 @@
 
 with z padded by zeros to L. B and Π are shared by the blocks, so that Π H B z is computed once; without Π two columns
 would be permutations of each other. Every entry of a column is then a normal number of its own. It costs D·log₂ L
-additions and stores D + O(L) numbers, where a dense P needs D·d of both.
+additions and stores D + O(L) numbers, where a dense P needs D·d of both. With the moved weight and its gradient,
+training takes 3·D + O(L) numbers beside the frozen model; L is small beside D unless d is near it.
 
 `Dense` and `Sparse` are the plain alternatives, `Identity` is P = I, which trains the weights directly.
 
@@ -14,6 +15,7 @@ Sources: Le, Sarlós and Smola, "Fastfood", ICML 2013; Li et al., "Measuring the
 Landscapes", ICLR 2018; Li, Hastie and Church, "Very Sparse Random Projections", KDD 2006 (the density of `Sparse`).
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -23,7 +25,6 @@ from torch import Tensor, nn
 from kadapt_kernels import hadamard_
 
 CHUNK = 1 << 17  # numbers that a transform works on at a time: they stay in the cache and are few beside D
-DENSE_BYTES = 2 << 30
 
 
 class Projection(nn.Module, ABC):
@@ -33,6 +34,11 @@ class Projection(nn.Module, ABC):
         super().__init__()
         self.size = size
         self.dims = dims
+
+    @staticmethod
+    @abstractmethod
+    def stored_bytes(size: int, dims: int) -> int:
+        """What a map of so many numbers keeps in fp32, about."""
 
     @abstractmethod
     def multiply(self, z: Tensor) -> Tensor:
@@ -61,18 +67,20 @@ class Fastfood(Projection):
         gauss *= (size * self.length * gauss.square().mean()).rsqrt()  # a block's columns have length √L · |G_b|
         self.register_buffer("gauss", gauss, persistent=False)
 
+    @staticmethod
+    def stored_bytes(size: int, dims: int) -> int:
+        """See `Projection`."""
+        return 4 * (size + 3 * dims)
+
     def multiply(self, z: Tensor) -> Tensor:
         """P z (size,), in fresh memory of up to L numbers more."""
         mixed = self._mixed(z * self.sign[: self.dims])[self.order]
-        out = self.gauss * mixed
-        for part in out.split(self._rows()):
-            hadamard_(part)
-        return out.view(-1)[: self.size]
+        return hadamard_(self.gauss * mixed).view(-1)[: self.size]
 
     def adjoint(self, g: Tensor) -> Tensor:
         """Pᵀ g (dims,)."""
         total = g.new_zeros(self.length)
-        rows = self._rows()
+        rows = max(1, CHUNK // self.length)
         for index, gauss in enumerate(self.gauss.split(rows)):
             start = index * rows * self.length
             part = g.new_zeros(gauss.shape)
@@ -88,9 +96,6 @@ class Fastfood(Projection):
         padded[: self.dims] = z
         return hadamard_(padded)
 
-    def _rows(self) -> int:
-        return max(1, CHUNK // self.length)
-
 
 class Dense(Projection):
     """Normal numbers; D·d of them are stored."""
@@ -101,6 +106,11 @@ class Dense(Projection):
         super().__init__(size, dims)
         matrix = torch.randn(size, dims, generator=generator)
         self.register_buffer("matrix", matrix / matrix.norm(dim=0), persistent=False)
+
+    @staticmethod
+    def stored_bytes(size: int, dims: int) -> int:
+        """See `Projection`."""
+        return 4 * size * dims
 
     def multiply(self, z: Tensor) -> Tensor:
         """P z (size,), in fresh memory."""
@@ -120,12 +130,22 @@ class Sparse(Projection):
 
     def __init__(self, size: int, dims: int, generator: torch.Generator) -> None:
         super().__init__(size, dims)
-        each = max(1, round(size**0.5))
+        each = self._each(size)
         row = torch.randint(0, size, (dims, each), generator=generator)
         value = 2.0 * torch.randint(0, 2, (dims, each), generator=generator) - 1
         self.register_buffer("row", row.view(-1), persistent=False)
         self.register_buffer("column", torch.arange(dims).repeat_interleave(each), persistent=False)
         self.register_buffer("value", value.view(-1) / each**0.5, persistent=False)
+
+    @staticmethod
+    def _each(size: int) -> int:
+        """Entries of a column."""
+        return max(1, math.isqrt(size))
+
+    @staticmethod
+    def stored_bytes(size: int, dims: int) -> int:
+        """See `Projection`."""
+        return 20 * dims * Sparse._each(size)
 
     def multiply(self, z: Tensor) -> Tensor:
         """P z (size,), in fresh memory."""
@@ -142,6 +162,11 @@ class Identity(Projection):
     def __init__(self, size: int, dims: int, start: int) -> None:
         super().__init__(size, dims)
         self.start = start
+
+    @staticmethod
+    def stored_bytes(size: int, dims: int) -> int:
+        """See `Projection`."""
+        return 0
 
     def multiply(self, z: Tensor) -> Tensor:
         """P z (size,), in fresh memory."""

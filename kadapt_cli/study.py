@@ -88,6 +88,11 @@ class FileStudy:
         try:
             (out / CLAIMS).mkdir(parents=True, exist_ok=True)
             with self.lock:
+                foreign = [name for name in sorted(os.listdir(out)) if not name.startswith(".")]
+                if foreign and not self.path.exists():
+                    raise UsageError(
+                        f"--out: {out} already holds something else ({foreign[0]}, …); give a new or empty folder"
+                    )
                 if not self.path.exists() or b"\n" not in self.path.read_bytes():  # killed in its first line
                     self.path.unlink(missing_ok=True)
                     self._append({"kind": "grid"} | grid)

@@ -41,9 +41,9 @@ def test_the_tail_goes_on_where_the_front_stops(name, size):
 
 def test_the_first_trained_block():
     module = load("vit32").module
-    assert first_trained_block(module) == 6
+    assert first_trained_block(module) == 5
     module.norm.weight.requires_grad_(True)
-    assert first_trained_block(module) == 6
+    assert first_trained_block(module) == 5
     module.blocks[4].mlp.fc1.bias.requires_grad_(True)
     assert first_trained_block(module) == 4
     module.pos_embed.requires_grad_(True)

@@ -163,7 +163,7 @@ def test_candidates_are_patterns_of_targets():
     for candidate in [*found, *probe.candidates(backbone, ("mlp", "blocks"), "model")]:
         chosen = probe.select(probe.segments(backbone.module), [candidate.name])
         assert sum(map(probe.subspace.size, chosen)) == candidate.size
-        assert len(chosen) == candidate.tensors
+        assert len(chosen) == len(candidate.members)
     with pytest.raises(UsageError, match=r"--groups: 'atn' matches nothing in vit32; it has attn, mlp, q, k, v, proj"):
         probe.candidates(backbone, ("atn",), "block")
 
@@ -181,8 +181,11 @@ def test_a_probe_writes_what_it_found(measured):
     out, _, document = measured
     assert json.loads((out / "probe.json").read_text()) == document
     assert document["schema_version"] == 1
-    assert set(document["baseline"]) == {"full", "head", "chance"}
-    assert document["baseline"]["chance"] == 0.2
+    baseline = document["baseline"]
+    assert baseline["chance"] == 0.2
+    trials = {trial["name"]: trial for trial in baseline["trials"]}
+    assert {name: trial["score"] for name, trial in trials.items()} == {key: baseline[key] for key in ("full", "head")}
+    assert (trials["head"]["d"], trials["head"]["lr"]) == (0, 1e-3)
     assert [m["name"] for m in document["modules"]] == ["q", "fc1"]
     for module in document["modules"]:
         keys = {"name", "D", "direct", "d90", "d90_low", "d90_high", "trials"}
@@ -193,12 +196,12 @@ def test_a_probe_writes_what_it_found(measured):
         assert all(t.keys() == {"d", "seed", "lr", "score"} for t in module["trials"])
         target = 0.9 * module["direct"]
         curve = {t["d"]: t["score"] for t in module["trials"] if t["d"] != "direct"}
-        curve[0] = document["baseline"]["head"]
+        curve[0] = baseline["head"]
         if module["d90"] is not None:
             assert module["d90_low"] <= module["d90"] <= module["d90_high"]
             assert curve[module["d90_high"]] >= target
     assert set(document["selected"]) <= {"q", "fc1"}
-    assert (out / "probe.csv").read_text().count("\n") == 1 + sum(len(m["trials"]) for m in document["modules"])
+    assert (out / "probe.csv").read_text().count("\n") == 3 + sum(len(m["trials"]) for m in document["modules"])
     assert (out / "probe.svg").read_text().startswith("<svg")
 
 
@@ -207,7 +210,9 @@ def test_a_second_probe_trains_nothing_and_another_threshold_uses_what_is_there(
     monkeypatch.setattr(probe, "fit", None)
     assert probe.probe(wanted, out, Quiet()) == document
     other = probe.probe(replace(wanted, threshold=0.5, refine=0), out, Quiet())
-    assert [m["trials"] for m in other["modules"]] == [m["trials"] for m in document["modules"]]
+    for module, before in zip(other["modules"], document["modules"], strict=True):
+        assert [t["d"] for t in module["trials"]] == ["direct", 4, 64]
+        assert all(trial in before["trials"] for trial in module["trials"])
     changed = replace(wanted, base=wanted.base.model_copy(update={"epochs": 4}))
     with pytest.raises(UsageError, match=r"holds a study made with epochs 3, not 4"):
         probe.probe(changed, out, Quiet())
@@ -262,14 +267,94 @@ def test_ctrl_c_between_two_trainings_says_what_is_kept(photos, tmp_path, monkey
 
 
 def test_what_is_no_better_than_chance_has_no_dimension(tasks, tmp_path, monkeypatch):
-    monkeypatch.setattr(probe.Prober, "score", lambda self, seed, name, d="direct": 0.25)
+    tried, said = [], []
+
+    def score(self, seed, name, d="direct"):
+        tried.append(d)
+        return 0.9 if name == "full" else 0.25
+
+    monkeypatch.setattr(probe.Prober, "score", score)
+    monkeypatch.setattr(Quiet, "say", lambda self, line: said.append(line))
     document = probe.probe(plan(tasks / "flowers5", per="model"), tmp_path / "out", Quiet())
     (module,) = document["modules"]
-    assert (module["d90"], module["d90_low"], module["d90_high"]) == (None, None, None)
+    assert (module["d90"], module["d90_low"], module["d90_high"], module["d90_full"]) == (None, None, None, None)
     assert module["reason"] == "trained directly it scores 25.0%, no better than chance (34.7% at 95 %)"
+    assert said == [f"attn: {module['reason']}"]
+    assert set(tried) == {0, "direct"}  # no d is tried for what cannot have one
     assert document["selected"] == []
     with pytest.raises(UsageError, match=r"selected nothing; see the reasons in it"):
         probe.read_selection(tmp_path / "out" / "probe.json")
+
+
+def test_full_fine_tuning_at_chance_is_no_target(tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe.Prober, "score", lambda self, seed, name, d="direct": 0.25 if name == "full" else 0.9)
+    (module,) = probe.probe(plan(tasks / "flowers5", per="model"), tmp_path / "out", Quiet())["modules"]
+    assert (module["d90"], module["d90_full"]) == (0, None)
+
+
+def test_what_else_the_folder_holds_does_not_matter(tasks, tmp_path, monkeypatch):
+    """The same command finds the same dimension, whatever was tried before in its folder."""
+    real = {0: 0.1, 4: 0.9, 8: 0.5, 64: 0.6, 512: 0.9, "direct": 0.9}
+    monkeypatch.setattr(probe.Prober, "_fold", lambda self, config, material: real[config.dims or 0])
+    direct = lambda self, seed, name, d: config(self, seed, name, d).model_copy(  # noqa: E731
+        update={"dims": d if name == "attn" else {"head": 0}.get(name, "direct")}
+    )
+    config = probe.Prober._config
+    monkeypatch.setattr(probe.Prober, "_config", direct)
+    wanted = plan(tasks / "flowers5", per="model", dims=(8, 64, 512), refine=0)
+    alone = probe.probe(wanted, tmp_path / "alone", Quiet())
+    probe.probe(replace(wanted, dims=(4, 8)), tmp_path / "both", Quiet())
+    assert probe.probe(wanted, tmp_path / "both", Quiet())["modules"][0]["d90"] == alone["modules"][0]["d90"]
+    assert alone["modules"][0]["d90_low"] == 64
+
+
+def test_seeds_are_measured_apart_and_reported_together(tasks, tmp_path, monkeypatch):
+    scores = {0: {0: 0.1, 4: 0.9, 64: 0.9, "direct": 0.9}, 1: {0: 0.1, 4: 0.2, 64: 0.9, "direct": 1.0}}
+    monkeypatch.setattr(probe.Prober, "score", lambda self, seed, name, d="direct": scores[seed][d])
+    wanted = plan(tasks / "flowers5", per="model", seeds=(0, 1), refine=0)
+    document = probe.probe(wanted, tmp_path / "out", Quiet())
+    (module,) = document["modules"]
+    assert document["seeds"] == [0, 1]
+    assert module["direct"] == pytest.approx(0.95)
+    assert (module["d90_low"], module["d90_high"]) == (0, 64)
+    low, high = 5 ** (0.71 / 0.8), 5 * 13  # 1 + d of seed 0; of seed 1 the end, whose target is the score at 64
+    assert module["d90"] == pytest.approx((low * high) ** 0.5 - 1)
+
+
+def test_above_the_head_the_target_is_a_part_of_the_gain(tasks, tmp_path, monkeypatch):
+    scores = {0: 0.5, 4: 0.6, 64: 0.9, "direct": 0.9}
+    monkeypatch.setattr(probe.Prober, "score", lambda self, seed, name, d="direct": scores[d])
+    wanted = plan(tasks / "flowers5", per="model", threshold=0.5, refine=0)
+    of_all, of_gain = (
+        probe.probe(replace(wanted, above=above), tmp_path / above, Quiet())["modules"][0] for above in ("zero", "head")
+    )
+    assert of_all["d90"] == 0  # 0.45, less than the head alone has
+    assert (of_gain["d90_low"], of_gain["d90_high"]) == (4, 64)  # 0.7
+
+
+@pytest.mark.parametrize("options", [{"projection": "dense"}, {"projection": "sparse"}, {"said": True}])
+def test_the_other_subspaces_are_measured_too(tasks, tmp_path, options):
+    wanted = plan(tasks / "flowers5", groups=("q",), per="model", dims=(16,), refine=0, base={"epochs": 1} | options)
+    document = probe.probe(wanted, tmp_path / "out", Quiet())
+    assert {key: document[key] for key in options} == options
+    assert {t["d"] for t in document["modules"][0]["trials"]} <= {"direct", 16}
+
+
+def test_the_grid_leaves_out_what_cannot_be_stored(monkeypatch):
+    backbone = load_backbone(TrainConfig())
+    (whole,) = probe.candidates(backbone, ("mlp",), "model")  # D = 1,769,472
+    dims = {kind: probe._dims(plan("x", dims=None, base={"projection": kind}), whole) for kind in ("dense", "sparse")}
+    assert dims == {"dense": [8, 64], "sparse": [8, 64, 512, 4096]}
+    assert probe._dims(plan("x", dims=None), whole) == [8, 64, 512, 4096, 32768, 262144]
+
+
+def test_the_selection_keeps_to_its_budget(tasks, tmp_path, monkeypatch):
+    def score(self, seed, name, d="direct"):
+        return 0.9 if d == "direct" or (name == "blocks.4.q" and d == 4) or d == 64 else 0.1
+
+    monkeypatch.setattr(probe.Prober, "score", score)
+    wanted = plan(tasks / "flowers5", groups=("q",), budget=2 * 32**2 + 12 * 32 + 192)  # of one block's q
+    assert probe.probe(wanted, tmp_path / "out", Quiet())["selected"] == ["blocks.4.q"]
 
 
 def test_a_trial_that_diverges_counts_as_nothing_and_is_said(photos, tmp_path, monkeypatch):
@@ -282,16 +367,15 @@ def test_a_trial_that_diverges_counts_as_nothing_and_is_said(photos, tmp_path, m
 
     monkeypatch.setattr(probe, "fit", fit)
     monkeypatch.setattr(Quiet, "say", lambda self, line: said.append(line))
-    document = probe.probe(plan(photos, per="model", refine=0, base={"epochs": 1}), tmp_path / "out", Quiet())
+    document = probe.probe(plan(photos, per="model", refine=0), tmp_path / "out", Quiet())
     scores = {t["d"]: t["score"] for t in document["modules"][0]["trials"]}
     assert scores[64] == 0 < scores[4]
     assert said.count("counts as 0: the loss is not finite at step 3") == 2
 
 
 def test_a_target_that_is_not_reached_has_a_lower_end_only(tasks, tmp_path, monkeypatch):
-    scores = {"direct": 0.9, 4: 0.3, 64: 0.5}
+    scores = {"direct": 0.9, 0: 0.2, 4: 0.3, 64: 0.5}
     monkeypatch.setattr(probe.Prober, "score", lambda self, seed, name, d="direct": scores[d])
-    monkeypatch.setattr(probe.Prober, "_curve", lambda self, seed, name: {0: 0.2, 4: 0.3, 64: 0.5})
     document = probe.probe(plan(tasks / "flowers5", per="model"), tmp_path / "out", Quiet())
     (module,) = document["modules"]
     assert (module["d90"], module["d90_low"], module["d90_high"]) == (None, 64, None)
@@ -324,11 +408,9 @@ def test_train_adapts_exactly_the_selection(run_cli, measured, tmp_path):
 def test_train_probes_first_when_asked_to(run_cli, tasks, tmp_path, monkeypatch):
     def score(self, seed, name, d="direct"):
         """blocks.4.mlp needs least."""
-        return {"direct": 0.9, 16: 0.85 if name == "blocks.4.mlp" else 0.4, 256: 0.85, 4096: 0.9}[d]
+        return {"direct": 0.9, 0: 0.3, 16: 0.85 if name == "blocks.4.mlp" else 0.4, 256: 0.85, 4096: 0.9}[d]
 
     monkeypatch.setattr(probe.Prober, "score", score)
-    curve = lambda self, seed, name: {0: 0.3} | {d: score(self, seed, name, d) for d in (16, 256, 4096)}  # noqa: E731
-    monkeypatch.setattr(probe.Prober, "_curve", curve)
     data = ("--data", tasks / "flowers5", "--shots", 4, "--epochs", 1, "--targets", "auto")
     code, _, errors = run_cli("train", *data, "--out", tmp_path / "run", "--json")
     assert code == 0, errors
@@ -338,6 +420,8 @@ def test_train_probes_first_when_asked_to(run_cli, tasks, tmp_path, monkeypatch)
     with (tmp_path / "run" / "config.toml").open("rb") as file:
         assert tomllib.load(file)["targets"] == selected
     assert run_cli("train", *data, "--out", tmp_path / "other", "--dry-run")[0] == 2
+    code, _, errors = run_cli("train", "--data", tasks / "flowers5", "--shots", 1, "--val", "none", "--targets", "auto")
+    assert (code, "--targets: auto holds images out and takes --shots 2 or more" in errors) == (2, True)
 
 
 WRONG = [
@@ -355,6 +439,11 @@ WRONG = [
     (["--threshold", "1"], "--threshold: a number between 0 and 1 was expected, 1 given"),
     (["--threshold", "0"], "--threshold: a number between 0 and 1 was expected, 0 given"),
     (["--folds", "6"], "--folds: 6 folds of 5 shots a class; give at most as many"),
+    (["--budget", "9"], "--budget: 9 parameters were given, but the cheapest module takes"),
+    (
+        ["--projection", "dense", "--dims", "8,32768"],
+        "--projection dense: 32,768 columns of 147,456 numbers need 19 GB; give fewer --dims, or use fastfood",
+    ),
     (["--keep", "2", "--budget", "9"], "--keep: was given beside --budget; give one of them"),
 ]
 

@@ -40,6 +40,8 @@ def document(*modules, **more):
     settings = {"shots": 5, "images": 510, "metric": "accuracy", "folds": 5, "epochs": 30, "projection": "fastfood"}
     plan = {"seeds": [0], "said": False, "threshold": 0.9, "above": "zero", "selected": []}
     baseline = {"full": 0.75, "head": 0.4, "chance": 0.1}
+    whole = [{"name": "full", "d": "direct", "seed": 0, "lr": 0.001, "score": 0.75}]
+    baseline |= {"trials": [*whole, {"name": "head", "d": 0, "seed": 0, "lr": 0.01, "score": 0.4}]}
     about = {"schema_version": 1, "data": "flowers", "model": "deit_tiny", "baseline": baseline}
     return {**about, **settings, **plan, "modules": list(modules) or [module()], **more}
 
@@ -76,8 +78,10 @@ def test_csv_has_every_trial_as_it_was_measured():
     rows = list(csv.DictReader(io.StringIO(text)))
     assert list(rows[0]) == ["module", "group", "block", "D", "d", "seed", "lr", "score"]
     trials = [(m, trial) for m in found["modules"] for trial in m["trials"]]
-    assert len(rows) == len(trials) == 15
-    for row, (m, trial) in zip(rows, trials, strict=True):
+    assert len(rows) == len(trials) + 2 == 17
+    assert list(rows[-2].values()) == ["full", "", "", "", "direct", "0", "0.001", "0.75"]
+    assert list(rows[-1].values()) == ["head", "", "", "", "0", "0", "0.01", "0.4"]
+    for row, (m, trial) in zip(rows, trials, strict=False):
         assert (row["module"], row["group"], row["D"]) == (m["name"], m["group"], str(m["D"]))
         assert row["block"] == ("" if m["block"] is None else str(m["block"]))
         assert (row["d"], row["seed"]) == (str(trial["d"]), str(trial["seed"]))
@@ -91,7 +95,7 @@ def test_csv_holds_no_formula_and_gives_names_back():
     names = [*HOSTILE, "@SUM(A1)", "'=1", "\t=1"]
     rows = list(csv.reader(io.StringIO(show.trials_csv(document(*(module(name, group=name) for name in names))))))
     for column in (0, 1):
-        read = list(dict.fromkeys(row[column] for row in rows[1:]))
+        read = list(dict.fromkeys(row[column] for row in rows[1:-2]))
         assert not any(name.startswith(("=", "+", "-", "@", "\t")) for name in read)
         assert [name[1:] if re.match("'+[=@\t]", name) else name for name in read] == names
 
@@ -410,14 +414,14 @@ ROWS = [
 
 def test_board_shows_what_is_known_and_prints_lines_above():
     console = terminal()
-    with show.Board(console, False) as board:
+    with show.Board(console, False, "d80") as board:
         board.show(ROWS, "blocks.3.attn, d = 256, seed 0 [bold]")
         print_line(console, "a line")
         lines = screen(console.file.getvalue())
         board.show(ROWS, "another")
         later = screen(console.file.getvalue())
     assert lines[0] == "a line"
-    assert lines[1].split() == ["submodule", "D", "d90", "low", "high", "direct"]
+    assert lines[1].split() == ["submodule", "D", "d80", "low", "high", "direct"]
     assert row_of("\n".join(lines), "[red]a") == ["[red]a", "147,456", "85", "64", "256", "61.2"]
     assert row_of("\n".join(lines), "b") == ["b", "99", "–", "–", "–"]
     assert "blocks.3.attn, d = 256, seed 0 [bold]" in lines
@@ -429,7 +433,7 @@ def test_board_shows_what_is_known_and_prints_lines_above():
 def test_board_fits_its_terminal():
     console = terminal(width=40, height=12)
     rows = [{**ROWS[0], "name": f"blocks.{i}.attn"} for i in range(30)]
-    with show.Board(console, False) as board:
+    with show.Board(console, False, "d80") as board:
         board.show(rows, "now")
         lines = screen(console.file.getvalue())
     assert len(lines) <= 12
@@ -441,16 +445,16 @@ def test_board_fits_its_terminal():
 def test_board_is_silent_when_quiet_without_a_terminal_and_outside():
     quiet, plain, outside = terminal(), Console(file=io.StringIO()), terminal()
     for console, hush in ((quiet, True), (plain, False)):
-        with show.Board(console, hush) as board:
+        with show.Board(console, hush, "d90") as board:
             board.show(ROWS, "now")
         assert console.file.getvalue() == ""
-    show.Board(outside, False).show(ROWS, "now")
+    show.Board(outside, False, "d90").show(ROWS, "now")
     assert outside.file.getvalue() == ""
 
 
 def test_board_leaves_a_terminal_as_it_was_after_an_error():
     console = terminal()
-    board = show.Board(console, False)
+    board = show.Board(console, False, "d80")
 
     def interrupted():
         with board:

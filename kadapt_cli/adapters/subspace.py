@@ -4,8 +4,8 @@ P is fixed and random (`projections`), a piece of it for every segment, and all 
 length one over all D weights that may move, and s = c·√(D/d): every entry of s·P then has the variance c²/d, so that a
 step of Adam, which moves each entry of z by the learning rate, moves a weight c times as far as if it were trained
 directly. c = min(16, √(D/d)): of a gradient, a subspace holds the part √(d/D), so that the way to the same loss is
-√(D/d) times as long; 16 is the most that did not harm. One learning rate then serves all d, and d = D is direct
-training. How c was found stands in benchmarks/README.md.
+√(D/d) times as long; 16 is the most that was tried. One learning rate then serves all d, and d = D is direct
+training. How c was found stands in benchmarks/README.md. d = 0 trains the head alone.
 
 With --said every segment's part is multiplied by a trained number that starts at one; z then has so many entries fewer.
 With --projection identity the weights are trained directly, as D entries of z.
@@ -16,7 +16,7 @@ Sources: Li et al., "Measuring the Intrinsic Dimension of Objective Landscapes",
 "Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning", ACL 2021 (SAID).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import UsageError
 from kadapt_cli.models import Segment, replace_linear
-from kadapt_cli.projections import DENSE_BYTES, Dense, Fastfood, Identity, Moved, Projection, Sparse
+from kadapt_cli.projections import Dense, Fastfood, Identity, Moved, Projection, Sparse
 
 SUMMARY = "a random d-dimensional subspace of the targets' weights"
 FORMULA = "dims"
@@ -35,7 +35,8 @@ UNMERGED = ""
 
 DIMS = 1000
 LONGEST = 16.0  # c at most
-RANDOM: dict[str, Callable[[int, int, torch.Generator], Projection]]
+MAX_BYTES = 2 << 30  # of what the projections store
+RANDOM: dict[str, type[Fastfood] | type[Dense] | type[Sparse]]
 RANDOM = {"fastfood": Fastfood, "dense": Dense, "sparse": Sparse}
 
 
@@ -80,11 +81,13 @@ def resolve(config: TrainConfig, segments: Sequence[Segment]) -> TrainConfig:
     """The configuration with d and the scale filled in where they were not given.
 
     Raises:
-        UsageError: d is larger than D, or leaves no entry of z beside SAID's factors; a dense P that is too large.
+        UsageError: d is larger than D, or leaves no entry of z beside SAID's factors; a P that is too large.
     """
     total = sum(map(size, segments))
     identity = config.projection == "identity"
-    dims = config.dims or (total if identity else min(DIMS, total))
+    dims = (total if identity else min(DIMS, total)) if config.dims is None else config.dims
+    if dims == 0 and not identity and not config.said:
+        return config
     if dims > total or (identity and dims != total):
         raise UsageError(
             f"--dims: {dims} was given, but the targets have D = {total:,} weights; "
@@ -92,18 +95,26 @@ def resolve(config: TrainConfig, segments: Sequence[Segment]) -> TrainConfig:
         )
     if config.said and dims <= len(segments):
         raise UsageError(f"--dims: --said takes one of them for each of {len(segments)} tensors; give more than {dims}")
-    if config.projection == "dense" and 4 * dims * total > DENSE_BYTES:
+    if not identity and (need := stored_bytes(segments, config.projection, dims)) > MAX_BYTES:
         raise UsageError(
-            f"--projection dense: {dims:,} columns of {total:,} numbers need {4e-9 * dims * total:.0f} GB; use fastfood"
+            f"--projection {config.projection}: {dims:,} columns of {total:,} numbers need {1e-9 * need:.0f} GB; "
+            "give fewer --dims, or use fastfood"
         )
     root = (total / dims) ** 0.5
     scale = config.scale or (1.0 if identity else min(LONGEST, root) * root)
     return config.model_copy(update={"dims": dims, "scale": scale})
 
 
+def stored_bytes(segments: Sequence[Segment], projection: str, dims: int) -> int:
+    """What the segments' parts of a random P of d columns keep, about."""
+    return sum(RANDOM[projection].stored_bytes(size(segment), dims) for segment in segments)
+
+
 def pieces(segments: Sequence[Segment], config: TrainConfig) -> list[tuple[Segment, Projection, float]]:
     """Each segment's part of P, drawn by the seed, and the scale that makes the columns of all parts that of s·P."""
     dims, scale = config.dims, config.scale
+    if dims == 0:
+        return []
     assert dims is not None
     assert scale is not None
     generator = torch.Generator().manual_seed(config.seed)
@@ -127,6 +138,8 @@ def inject(model: nn.Module, segments: Sequence[Segment], config: TrainConfig) -
         z, and with SAID a factor a segment, by their names.
     """
     assert config.dims is not None
+    if config.dims == 0:
+        return {}
     parameters = {"z": nn.Parameter(torch.zeros(config.dims - len(segments) * config.said))}
     for segment, projection, scale in sorted(pieces(segments, config), key=lambda piece: piece[0].start):
         layer = model.get_submodule(segment.module)

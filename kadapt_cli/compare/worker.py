@@ -38,6 +38,7 @@ class Worker:
         self.backbone = backbone
         self.before = len(study.records())
         self.opened: tuple[str, int] | None = None
+        self.probed: dict[tuple[str, int], tuple[str, ...]] = {}  # targets by data and seed
         self.materials: tuple[Material, Material]
 
     def work(self) -> None:
@@ -172,11 +173,17 @@ class Worker:
         name, targets = variant(cell.method)
         config = self.grid.base.model_copy(update={"data": cell.data, "method": name, "seed": cell.seed})
         if targets == ("probe",):
+            targets = self._probed(cell, config)
+        return config.model_copy(update={"targets": targets}) if targets else config
+
+    def _probed(self, cell: Cell, config: TrainConfig) -> tuple[str, ...]:
+        """What a probe of the cell's images selects; the same probe serves several methods and workers."""
+        if cell[:2] not in self.probed:
             place = self.out / "probes" / f"{label(cell.data).replace('/', '-')}-{cell.seed}"
             place.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{place}.lock"):  # the same probe serves several methods
-                targets = auto_targets(config, place, self.quiet)
-        return config.model_copy(update={"targets": targets}) if targets else config
+            with FileLock(f"{place}.lock"):
+                self.probed[cell[:2]] = auto_targets(config, place, self.quiet)
+        return self.probed[cell[:2]]
 
     def _test_score(self, session: Session) -> float:
         if self.grid.select == "test-best":

@@ -1,7 +1,8 @@
 """`kadapt probe-id`: the local intrinsic dimension of submodules, and which of them to adapt.
 
 For a submodule, d90 is the smallest d for which training in a random d-dimensional subspace of its weights reaches 90 %
-of the score of training these weights directly. All else is frozen but the head, which is trained directly in both.
+of the score of training these weights directly. All else is frozen but the head, which is trained in all alike: d = 0
+is the head alone, trained like the others.
 Scores are cross-validated within the shots: every image is in validation once, and no test image is looked at.
 
 This is a property of how a task is learnt (Li et al., "Measuring the Intrinsic Dimension of Objective Landscapes", ICLR
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 from kadapt_cli import runs, signals
 from kadapt_cli.adapters import kadaptation, method, select, subspace
-from kadapt_cli.config import TrainConfig
+from kadapt_cli.config import PROBE_BATCH_SIZE, PROBE_EPOCHS, TrainConfig
 from kadapt_cli.data import ImageSet, digest_of, folds, open_images
 from kadapt_cli.errors import DivergedError, InterruptedRunError, ModelError, UsageError
 from kadapt_cli.evaluate import load_backbone
@@ -37,9 +38,9 @@ SCHEMA_VERSION = 1
 GROUPS = ("attn", "mlp")
 Record = dict[str, Any]
 Key = tuple[str, str, int]  # module, d and seed of a trial
-AUTO: Record = {"epochs": 10, "batch_size": 8}  # of --targets auto
-AUTO_DIMS, AUTO_FOLDS = (16, 256, 4096), 2
-SIGNIFICANT = 1.64  # standard errors above chance: one-sided 95 %
+AUTO_DIMS, AUTO_FOLDS = (16, 256, 4096), 2  # of --targets auto
+HEAD, FULL = "head", "full"  # trials that belong to no module: the head alone, and all weights
+SIGNIFICANT = 1.64  # standard errors above chance: one-sided 95 %, of an accuracy; of other metrics a rule of thumb
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Plan:
         per: A candidate for each block, or one over all blocks.
         threshold: Of d90, in (0, 1).
         above: What the threshold is a share of: the score, or what it gains over the head alone.
-        dims: The d to try; 8, 64, 512, … when None.
+        dims: The d to try; 8, 64, 512, … when None, as far as P can be stored.
         refine: How often the gap around the crossing is halved after that.
         seeds: Of the draw of images, the subspace and the order of images.
         folds: Of the cross-validation; 1 takes the data's own validation images.
@@ -80,8 +81,12 @@ class Candidate:
     name: str
     group: str
     block: int | None
-    size: int
-    tensors: int
+    members: tuple[Segment, ...]
+
+    @property
+    def size(self) -> int:
+        """D, the weights that may move."""
+        return sum(map(subspace.size, self.members))
 
 
 def candidates(backbone: Backbone, groups: Sequence[str], per: str) -> list[Candidate]:
@@ -99,12 +104,12 @@ def candidates(backbone: Backbone, groups: Sequence[str], per: str) -> list[Cand
             raise UsageError(f"--groups: '{group}' matches nothing in {backbone.name}; it has {', '.join(known)}")
         blocks: list[int | None] = [None] if per == "model" else [*sorted({s.block for s in members})]
         for block in blocks:
-            own = [s for s in members if block in (None, s.block)]
+            own = tuple(s for s in members if block in (None, s.block))
             if block is None:
                 name = "blocks.*" if group == "blocks" else group
             else:
                 name = f"blocks.{block}" + ("" if group == "blocks" else f".{group}")
-            found.append(Candidate(name, group, block, sum(map(subspace.size, own)), len(own)))
+            found.append(Candidate(name, group, block, own))
     return found
 
 
@@ -122,7 +127,7 @@ def probe(plan: Plan, out: Path, display: Display) -> Record:
     images = {seed: _images(plan, seed) for seed in plan.seeds}
     study = FileStudy(out, _settings(plan, backbone))
     with runs.held(out):
-        with show.Board(display.console, display.quiet) as board:
+        with show.Board(display.console, display.quiet, show.measure(plan.threshold)) as board:
             prober = Prober(plan, backbone, images, study, display, board)
             try:
                 for candidate in found:
@@ -147,14 +152,35 @@ def _check(plan: Plan, found: Sequence[Candidate]) -> None:
     if plan.folds > 1 and plan.base.shots is not None and plan.folds > plan.base.shots:
         raise UsageError(f"--folds: {plan.folds} folds of {plan.base.shots} shots a class; give at most as many")
     for candidate in found:
-        least = candidate.tensors + 1 if plan.base.said else 1
-        for d in plan.dims or ():
+        least = _least(plan, candidate)
+        for d in _dims(plan, candidate):
             if not least <= d <= candidate.size:
                 raise UsageError(
                     f"--dims: {d} was given, but {candidate.name} has D = {candidate.size:,} weights"
-                    f"{f' and --said takes {candidate.tensors} of d' if plan.base.said else ''}; "
+                    f"{f' and --said takes {len(candidate.members)} of d' if plan.base.said else ''}; "
                     f"give numbers from {least} to {candidate.size}"
                 )
+            subspace.resolve(plan.base.model_copy(update={"dims": d}), candidate.members)
+    cheapest = min(kadaptation_parameters(candidate.members) for candidate in found)
+    if plan.budget is not None and plan.budget < cheapest:
+        raise UsageError(
+            f"--budget: {plan.budget:,} parameters were given, but the cheapest module takes {cheapest:,}; give more"
+        )
+
+
+def _least(plan: Plan, candidate: Candidate) -> int:
+    """The smallest d that a candidate can be measured at."""
+    return len(candidate.members) + 1 if plan.base.said else 1
+
+
+def _dims(plan: Plan, candidate: Candidate) -> list[int]:
+    """The d of a candidate's grid: those given, or the first of 8, 64, 512, … and the others whose P can be stored."""
+    if plan.dims is not None:
+        return list(plan.dims)
+    least = _least(plan, candidate)
+    first, *more = sorted({max(d, least) for d in grid(candidate.size)})
+    stored = partial(subspace.stored_bytes, candidate.members, plan.base.projection)
+    return [first, *(d for d in more if stored(d) <= subspace.MAX_BYTES)]
 
 
 def _images(plan: Plan, seed: int) -> ImageSet:
@@ -168,7 +194,7 @@ def _images(plan: Plan, seed: int) -> ImageSet:
 
 def _settings(plan: Plan, backbone: Backbone) -> Record:
     """What decides the score of a trial: a folder holds trials of one such record."""
-    shared = plan.base.model_dump(exclude={"seed", "targets", "method", "val", "save_every", "patience"})
+    shared = plan.base.model_dump(exclude={"data", "seed", "targets", "method", "val", "save_every", "patience"})
     fixed = {key: list(value) if isinstance(value, tuple) else value for key, value in shared.items()}
     return fixed | {"folds": plan.folds, "backbone": backbone.digest[:16]}
 
@@ -194,31 +220,44 @@ class Prober:
         self.quiet = Display(display.console, quiet=True)
         self.materials = {seed: self._open(seed, images[seed]) for seed in plan.seeds}
         self.scores: dict[Key, float] = {_key(record): record["score"] for record in self._trials()}
+        self.curves: dict[tuple[str, int], Curve] = {}  # by module and seed, of the d that this plan asks for
+        folded = [material.images for seed in plan.seeds for material in self.materials[seed]]
+        self.chance = fmean(map(chance, folded))
+        count = sum(len(part.splits["val"]) for part in folded)
+        self.at_chance = self.chance + SIGNIFICANT * math.sqrt(self.chance * (1 - self.chance) / count)
 
     def measure(self, candidate: Candidate) -> None:
-        """All trials of a candidate: direct training, the grid, the bisection; with each seed."""
+        """All trials of a candidate: direct training, the grid, the bisection; with each seed.
+
+        Where direct training is no better than chance there is no dimension to look for, and no more is tried.
+        """
+        name = candidate.name
         for seed in self.plan.seeds:
-            for whole in ("head", "full"):
-                self.score(seed, whole)
-            direct = self.score(seed, candidate.name, "direct")
-            explore(
-                partial(self.score, seed, candidate.name),
-                self.plan.dims or grid(candidate.size),
-                zero=self.score(seed, "head"),
-                target=self._target(seed, direct),
-                refine=self.plan.refine,
-                least=candidate.tensors + 1 if self.plan.base.said else 1,
-            )
+            self.score(seed, HEAD, 0)
+            self.score(seed, FULL)
+            self.score(seed, name)
+        if self._mean(name) > self.at_chance:
+            for seed in self.plan.seeds:
+                self.curves[name, seed] = explore(
+                    partial(self.score, seed, name),
+                    _dims(self.plan, candidate),
+                    zero=self.score(seed, HEAD, 0),
+                    target=self._target(seed, name),
+                    refine=self.plan.refine,
+                    least=_least(self.plan, candidate),
+                )
         self.done.append(candidate)
-        known = self._dimension(candidate)
-        if known.d is not None:
-            words = f"{known.d:.0f} ({known.low} to {known.high}) of {candidate.size:,}"
-            self.display.say(f"{candidate.name}: d{100 * self.plan.threshold:g} = {words}")
+        found = self._dimension(name, name)
+        words = self._reason(name, found)
+        if not words and found.d is not None:
+            words = f"{show.measure(self.plan.threshold)} = {found.d:.0f} ({found.low} to {found.high})"
+            words += f" of {candidate.size:,}"
+        self.display.say(f"{name}: {words}")
 
     def score(self, seed: int, name: str, d: int | Literal["direct"] = "direct") -> float:
-        """The cross-validated score of one trial; from the study where it is there."""
+        """The cross-validated score of a trial of a module, `HEAD` at 0, or `FULL`; from the study if it is there."""
         key = (name, str(d), seed)
-        words = "" if name in ("head", "full") else ", directly" if d == "direct" else f", d = {d:,}"
+        words = "" if name in (HEAD, FULL) else ", directly" if d == "direct" else f", d = {d:,}"
         if key not in self.scores:
             self.board.show([self._known(candidate) for candidate in self.done], f"{name}{words}, seed {seed}")
             began = time.perf_counter()
@@ -232,27 +271,39 @@ class Prober:
             self.display.say(f"{name}{words}, seed {seed}: {score:.1%}")
         return self.scores[key]
 
-    def _dimension(self, candidate: Candidate) -> Dimension:
-        """What the trials of all seeds say, whether or not they are better than chance."""
-        each = []
-        for seed in self.plan.seeds:
-            target = self._target(seed, self.score(seed, candidate.name))
-            each.append(crossing(self._curve(seed, candidate.name), target))
-        return over_seeds(each)
+    def _mean(self, name: str, d: int | Literal["direct"] = "direct") -> float:
+        """The score of a trial, mean over seeds."""
+        return fmean(self.score(seed, name, d) for seed in self.plan.seeds)
+
+    def _dimension(self, name: str, whole: str) -> Dimension:
+        """Where a module's curves reach their share of the score of `whole`: itself trained directly, or `FULL`.
+
+        All None where either is no better than chance: there is nothing to reach, or nothing that reaches it.
+        """
+        if min(self._mean(name), self._mean(whole)) <= self.at_chance:
+            return Dimension(None, None, None)
+        return over_seeds([crossing(self.curves[name, s], self._target(s, whole)) for s in self.plan.seeds])
+
+    def _reason(self, name: str, found: Dimension) -> str:
+        """Why a module has no dimension, or none that is worth anything; empty where it has one."""
+        direct = self._mean(name)
+        if direct <= self.at_chance:
+            return f"trained directly it scores {direct:.1%}, no better than chance ({self.at_chance:.1%} at 95 %)"
+        if found.d is None:
+            return f"no d up to {found.low:,} reached its target with every seed"
+        return "the head alone reaches the target" if found.d == 0 else ""
 
     def _known(self, candidate: Candidate) -> Record:
         """What the live display shows of a candidate."""
-        found = self._dimension(candidate)
-        direct = fmean(self.score(seed, candidate.name) for seed in self.plan.seeds)
-        row = {"name": candidate.name, "D": candidate.size, "direct": direct}
+        found = self._dimension(candidate.name, candidate.name)
+        row = {"name": candidate.name, "D": candidate.size, "direct": self._mean(candidate.name)}
         return row | {"d90": found.d, "d90_low": found.low, "d90_high": found.high}
 
     def document(self, found: Sequence[Candidate]) -> Record:
         """What probe.json holds, but the selection."""
         plan, seeds = self.plan, self.plan.seeds
-        chances = [chance(m.images) for seed in seeds for m in self.materials[seed]]
-        means = {whole: fmean(self.score(seed, whole) for seed in seeds) for whole in ("full", "head")}
-        baseline = means | {"chance": fmean(chances)}
+        means = {"full": self._mean(FULL), "head": self._mean(HEAD, 0), "chance": self.chance}
+        trials = {"trials": [{"name": name} | trial for name in (FULL, HEAD) for trial in self._trials_of(name)]}
         return {
             "schema_version": SCHEMA_VERSION,
             "data": plan.base.data,
@@ -267,54 +318,40 @@ class Prober:
             "said": plan.base.said,
             "threshold": plan.threshold,
             "above": plan.above,
-            "baseline": baseline,
-            "modules": [self._module(candidate, baseline) for candidate in found],
+            "baseline": means | trials,
+            "modules": [self._module(candidate) for candidate in found],
         }
 
-    def _module(self, candidate: Candidate, baseline: Record) -> Record:
-        seeds, name = self.plan.seeds, candidate.name
-        known = self._known(candidate)
-        images = sum(len(m.images.splits["val"]) for seed in seeds for m in self.materials[seed])
-        at_chance = baseline["chance"] + SIGNIFICANT * math.sqrt(baseline["chance"] * (1 - baseline["chance"]) / images)
-        reason = ""
-        if known["direct"] <= at_chance:
-            reason = (
-                f"trained directly it scores {known['direct']:.1%}, no better than chance ({at_chance:.1%} at 95 %)"
-            )
-            known |= dict.fromkeys(("d90", "d90_low", "d90_high"))
-        elif known["d90"] is None:
-            reason = f"no d up to {known['d90_low']:,} reached its target with every seed"
-        elif known["d90"] == 0:
-            reason = "the head alone reaches the target"
-        full = [crossing(self._curve(s, name), self._target(s, self.score(s, "full"))).d for s in seeds]
-        return known | {
+    def _module(self, candidate: Candidate) -> Record:
+        name = candidate.name
+        return self._known(candidate) | {
             "group": candidate.group,
             "block": candidate.block,
-            "d90_full": over_seeds([Dimension(d, None, None) for d in full]).d,
-            "reason": reason,
-            "trials": [
-                {key: record[key] for key in ("d", "seed", "lr", "score")}
-                for record in self._trials()
-                if record["module"] == name
-            ],
+            "d90_full": self._dimension(name, FULL).d,
+            "reason": self._reason(name, self._dimension(name, name)),
+            "trials": self._trials_of(name),
         }
 
-    def _curve(self, seed: int, name: str) -> Curve:
-        """Scores by d of one seed; d = 0 is the head alone."""
-        tried = {int(d): s for (n, d, of), s in self.scores.items() if (n, of) == (name, seed) and d != "direct"}
-        return {0: self.score(seed, "head")} | tried
+    def _trials_of(self, name: str) -> list[Record]:
+        """The trials that this plan asks for; the folder may hold more, of other --dims and seeds."""
+        wanted: set[tuple[int, int | str]] = {(seed, "direct") for seed in self.plan.seeds}
+        wanted |= {(seed, d) for (of, seed), curve in self.curves.items() if of == name for d in curve}
+        wanted |= {(seed, 0) for seed in self.plan.seeds if name == HEAD}
+        trials = (record for record in self._trials() if record["module"] == name)
+        return [{key: r[key] for key in ("d", "seed", "lr", "score")} for r in trials if (r["seed"], r["d"]) in wanted]
 
-    def _target(self, seed: int, whole: float) -> float:
-        """The score to reach, from that of training all weights."""
-        floor = self.score(seed, "head") if self.plan.above == "head" else 0.0
-        return floor + self.plan.threshold * (whole - floor)
+    def _target(self, seed: int, whole: str) -> float:
+        """The score to reach: a share of that of training `whole` directly."""
+        floor = self.score(seed, HEAD, 0) if self.plan.above == "head" else 0.0
+        return floor + self.plan.threshold * (self.score(seed, whole) - floor)
 
     def _config(self, seed: int, name: str, d: int | str) -> TrainConfig:
         base = self.plan.base
         changes: Record = {"seed": seed, "patience": base.epochs, "val": "none"}
-        if name in ("head", "full"):
-            changes |= {"method": "linear" if name == "head" else "full", "lr": None, "scale": None}
-            changes |= {"projection": "fastfood", "said": False, "targets": TrainConfig.model_fields["targets"].default}
+        if name == FULL:
+            changes |= {"method": "full", "lr": None, "projection": "fastfood", "said": False}
+        elif name == HEAD:
+            changes |= {"method": "subspace", "dims": 0, "said": False}
         elif d == "direct":
             changes |= {"method": "subspace", "targets": (name,), "projection": "identity", "said": False}
         else:
@@ -347,6 +384,7 @@ class Prober:
         return [Material(part, self.backbone) for part in (folds(images, count) if count > 1 else [images])]
 
     def _trials(self) -> list[Record]:
+        """All trials that the folder holds."""
         return [record for record in self.study.records() if record["kind"] == "trial"]
 
 
@@ -368,11 +406,7 @@ def chance(images: ImageSet) -> float:
 
 
 def selection(plan: Plan, backbone: Backbone, modules: Sequence[Record]) -> list[str]:
-    """Names of the modules to adapt, by increasing d90.
-
-    Raises:
-        UsageError: The budget is less than the cheapest of them costs.
-    """
+    """Names of the modules to adapt, by increasing d90; none where the budget pays for none of those that have one."""
     if plan.budget is None:
         return [module["name"] for module in ranked(modules)[: plan.keep or (len(modules) + 1) // 2]]
     available = segments(backbone.module)
@@ -380,11 +414,7 @@ def selection(plan: Plan, backbone: Backbone, modules: Sequence[Record]) -> list
     def cost(names: Sequence[str]) -> int:
         return kadaptation_parameters(select(available, names))
 
-    chosen = choose(modules, cost, plan.budget)
-    if not chosen and ranked(modules):
-        least = min(cost([module["name"]]) for module in ranked(modules))
-        raise UsageError(f"--budget: {plan.budget:,} parameters were given, but the cheapest module takes {least:,}")
-    return chosen
+    return choose(modules, cost, plan.budget)
 
 
 def kadaptation_parameters(chosen: Sequence[Segment]) -> int:
@@ -394,9 +424,16 @@ def kadaptation_parameters(chosen: Sequence[Segment]) -> int:
 
 
 def auto_targets(config: TrainConfig, out: Path, display: Display) -> tuple[str, ...]:
-    """The selection of a short probe on a run's own images, kept in `out`: attn and mlp of each block, three d."""
+    """The selection of a short probe on a run's own images, kept in `out`: attn and mlp of each block, three d.
+
+    Raises:
+        UsageError: Too few shots to hold some of them out.
+    """
+    if config.shots is not None and config.shots < AUTO_FOLDS:
+        raise UsageError(f"--targets: auto holds images out and takes --shots {AUTO_FOLDS} or more; name the targets")
     given = ("data", "model", "shots", "metric", "img_size", "weights", "pretrained", "device", "precision", "skip_bad")
-    base = TrainConfig(method="subspace", augment="none", **AUTO, **{name: getattr(config, name) for name in given})
+    own = {name: getattr(config, name) for name in given}
+    base = TrainConfig(method="subspace", augment="none", epochs=PROBE_EPOCHS, batch_size=PROBE_BATCH_SIZE, **own)
     document = probe(Plan(base, dims=AUTO_DIMS, refine=0, seeds=(config.seed,), folds=AUTO_FOLDS), out, display)
     display.say(f"selected: {', '.join(document['selected'])} (see {out / JSON})")
     return read_selection(out / JSON)

@@ -55,7 +55,9 @@ Row = Mapping[str, Any]
 
 
 def trials_csv(document: Row) -> str:
-    """A row for each trial of each module; d is "direct" for direct training, block is empty for all blocks at once.
+    """A row for each trial: of each module, then full fine-tuning and the head alone, which are no module's.
+
+    d is "direct" for direct training; block is empty for all blocks at once.
 
     A name that a spreadsheet would run as a formula gets one ' in front, as in `report.confusion_csv`.
     """
@@ -66,6 +68,8 @@ def trials_csv(document: Row) -> str:
         for trial in module["trials"]:
             row = {**module, **trial, "module": module["name"]}
             writer.writerow([harmless(row[column]) for column in CSV_COLUMNS])
+    for trial in document["baseline"]["trials"]:
+        writer.writerow([harmless({**trial, "module": trial["name"]}.get(column)) for column in CSV_COLUMNS])
     return text.getvalue()
 
 
@@ -79,9 +83,13 @@ def _curve(module: Row, seeds: Sequence[int]) -> dict[int, float]:
     return {d: fmean(scores[d, s] for s in seeds) for d in tried if all((d, s) in scores for s in seeds)}
 
 
-def _measure(document: Row) -> str:
+def measure(threshold: float) -> str:
     """What the dimension is called: d90 at a threshold of 0.9."""
-    return f"d{100 * document['threshold']:g}"
+    return f"d{100 * threshold:g}"
+
+
+def _measure(document: Row) -> str:
+    return measure(document["threshold"])
 
 
 def _notes(document: Row) -> tuple[str, str]:
@@ -224,8 +232,9 @@ class Board:
     A context manager around the probing; `show` outside of it, when quiet or where there is no terminal does nothing.
     """
 
-    def __init__(self, console: Console, quiet: bool) -> None:
+    def __init__(self, console: Console, quiet: bool, measure: str) -> None:
         self.console = console
+        self.measure = measure
         self.seen = console.is_terminal and not quiet
         self._live: Live | None = None
 
@@ -248,19 +257,20 @@ class Board:
         A row has name, D, direct (in [0, 1]), d90, d90_low and d90_high, None for what is not known.
         """
         if self._live is not None:
-            self._live.update(Group(_Known(rows), plain(current)), refresh=True)
+            self._live.update(Group(_Known(rows, self.measure), plain(current)), refresh=True)
 
 
 @dataclass(frozen=True)
 class _Known:
     rows: Sequence[Row]
+    measure: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         rows = self.rows[-max(1, console.height - 6) :]  # the header and the current line take their room
         dims = {key: _dims(rows, key, options.ascii_only) for key in ("D", "d90", "d90_low", "d90_high")}
         directs = ["" if row["direct"] is None else f"{100 * row['direct']:.1f}" for row in rows]
         columns: Columns = {
-            "d90": [_Column("d90", dims["d90"])],
+            "d90": [_Column(self.measure, dims["d90"])],
             "direct": [_Column("direct", directs)],
             "ends": [_Column("low", dims["d90_low"]), _Column("high", dims["d90_high"])],
             "D": [_Column("D", dims["D"])],
