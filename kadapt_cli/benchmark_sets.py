@@ -340,7 +340,7 @@ def _hugging_face(row: BenchmarkSet, root: Path) -> Opened:
         import datasets
     except ImportError:
         raise DataError(
-            f"{row.name}: is read by the package datasets, which is missing; pip install 'kadapt[hf]', or "
+            f"{row.name}: is read by the package datasets, which is missing; run: pip install 'datasets>=3', or "
             f"{row.by_hand(root)}"
         ) from None
     parts = {split: datasets.load_dataset(row.hf, split=split, cache_dir=str(root / "hf")) for split in row.splits}

@@ -33,7 +33,7 @@ PREFIXES = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
 # torchvision classes with a train and a test part only: timm gives the test part for every other split name.
 TRAIN_AND_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 # What timm's readers, torchvision and their download code raise when a set cannot be had.
-UNREACHABLE = (ImportError, OSError, RuntimeError, ValueError, AssertionError, KeyError)
+UNREACHABLE = (OSError, RuntimeError, ValueError, AssertionError, KeyError)
 DAMAGED = (IndexError, EOFError, csv.Error, zipfile.BadZipFile, tarfile.TarError, zlib.error)  # files of a known layout
 NO_SUCH_SPLIT = (ValueError, KeyError, RuntimeError)
 
@@ -67,6 +67,12 @@ class NamedSet:
 def is_named(source: str) -> bool:
     """Whether `source` means a named set rather than a folder; ``./torch/x`` and ``./mnist`` are always folders."""
     return source == "demo" or _benchmark_name(source) in SETS or source.lower().startswith(PREFIXES)
+
+
+def known_name(source: str) -> str:
+    """The name of a set of the comparison, for all its spellings; other names as they are."""
+    name = _benchmark_name(source)
+    return name if name in SETS else source
 
 
 def _benchmark_name(source: str) -> str:
@@ -179,6 +185,9 @@ def _reaching(source: str, by_hand: str = "give a folder of images") -> Iterator
         # Readers print their download progress; stdout belongs to the result of the command.
         with contextlib.redirect_stdout(sys.stderr):
             yield
+    except ImportError as error:
+        name = error.name or "it"
+        raise DataError(f"{source}: is read by the package {name}, which is missing; run: pip install {name}") from None
     except (*UNREACHABLE, *DAMAGED) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +24,7 @@ from kadapt_cli.errors import (
     KadaptError,
     MachineError,
     UsageError,
+    is_out_of_memory,
     listed,
 )
 from kadapt_cli.progress import Display, new_console, print_line, show_result
@@ -64,7 +66,9 @@ def main() -> None:
         code = done.code
     except KadaptError as error:
         code = _fail(str(error), error.exit_code)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         code = _fail("out of memory; close other programs, or use a smaller --model or --img-size", ENVIRONMENT)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -317,7 +321,9 @@ def methods(as_json: JsonFlag = False) -> None:
 @app.command()
 def compare(
     data: Annotated[list[str], typer.Option(help="A data set as 'kadapt train' takes it; once for each.")],
-    method: Annotated[list[str] | None, typer.Option(help="A method; once for each. \\[default: all]")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="A method; once for each. \\[default: all but subspace]")
+    ] = None,
     model: Annotated[str | None, _option("model")] = None,
     shots: Annotated[
         int | None, typer.Option(min=1, max=MAX_COUNT, help=f"{SHOTS} \\[default: 5]", show_default=False)
@@ -354,7 +360,10 @@ def compare(
     storage: Annotated[
         str | None,
         typer.Option(
-            help="Share the study: an Optuna journal file (journal:PATH) or a database URL.", show_default=False
+            help="Share the study: an Optuna journal file (journal:PATH) or a database URL; one with a password by "
+            "the environment alone.",
+            envvar="KADAPT_STORAGE",
+            show_default=False,
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, max=256, help="Worker processes.")] = 1,
@@ -371,16 +380,18 @@ def compare(
     given |= {"shots": _drawn(shots, full_shot)}
     if trials is not None and search != "optuna":
         raise UsageError(f"--trials: is of --search optuna, but the search is {search}; leave it out")
+    if re.search("//[^/]*:[^/]*@", storage or "") and os.environ.get("KADAPT_STORAGE") != storage:
+        raise UsageError("--storage: holds a password, which other users can see; give it by KADAPT_STORAGE instead")
     if not math.isfinite(m0):
         raise UsageError(f"--m0: a finite number was expected, {m0} given")
     base, numbers = resolve(given), _numbers("--seeds", seeds)
     _check_out(out)
     from kadapt_cli import compare as worker
-    from kadapt_cli.adapters import METHODS
+    from kadapt_cli.adapters import COMPARED
 
     grid = worker.Grid(
         data=tuple(data),
-        methods=tuple(method or METHODS),
+        methods=tuple(method or COMPARED),
         seeds=numbers,
         base=base,
         search=search,
@@ -483,7 +494,11 @@ def probe_id(
 
 
 def _check_out(out: Path) -> None:
-    """The folder to write need not be there, but neither it nor one above it can be a file."""
+    """The folder to write need not be there, but neither it nor one above it can be a file, and its name is UTF-8."""
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--out: {str(out)!r} is no UTF-8, which weights are read by; give another name") from None
     for folder in (out, *out.parents):
         if folder.exists() and not folder.is_dir():
             raise UsageError(

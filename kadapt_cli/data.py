@@ -30,7 +30,7 @@ from PIL import Image
 
 from kadapt_cli import catalog
 from kadapt_cli.catalog import NamedSet, is_named, open_named
-from kadapt_cli.errors import DataError, UsageError, listed, shown
+from kadapt_cli.errors import DataError, UsageError, as_given, harmless, listed, shown
 from kadapt_cli.images import IMAGE_SUFFIXES, decode_image, quiet_decoder, read_bytes, refusing, to_rgb
 
 SPLITS = ("train", "val", "test")
@@ -613,12 +613,14 @@ def manifest_csv(images: ImageSet) -> str:
     The names of an image's classes are joined by '|' in a multi-label set, where class names have no '|'.
     """
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(MANIFEST_COLUMNS)
+    plain = csv.writer(text, lineterminator="\n")
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    plain.writerow(MANIFEST_COLUMNS)
     for split in SPLITS:
         for sample in images.splits[split]:
             names = "|".join(images.classes[label] for label in sample.labels)
-            writer.writerow([sample.path, names, split, sample.size, sample.digest])
+            row = [harmless(sample.path), harmless(names), split, sample.size, sample.digest]
+            (quoted if "\r" in sample.path + names else plain).writerow(row)  # plain takes \r for the end of a line
     return text.getvalue()
 
 
@@ -640,6 +642,7 @@ def parse_manifest(text: str, classes: tuple[str, ...]) -> Splits:
         if next(rows, None) != MANIFEST_COLUMNS:
             raise ValueError(f"the columns {','.join(MANIFEST_COLUMNS)} were expected")
         for path, name, split, size, digest in rows:
+            path, name = as_given(path), as_given(name)
             if "\0" in path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise ValueError(f"{path!r} leaves the data folder")
             names = [name] if name in labels else name.split("|") if name else []

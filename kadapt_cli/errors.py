@@ -16,6 +16,7 @@ CHECK_FAILED = 7
 PREEMPTED = 75
 TERMINATED = 143
 INTERRUPTED = 130
+EXIT_CODES = (USAGE, DATA, MODEL, ENVIRONMENT, DIVERGED, CHECK_FAILED)  # of errors; the others are of signals
 
 MACHINE_ERRORS = {  # of an OSError that is the machine's, whatever the program was doing
     errno.EACCES,
@@ -30,6 +31,9 @@ MACHINE_ERRORS = {  # of an OSError that is the machine's, whatever the program 
     errno.EROFS,
     errno.ESTALE,
 }
+
+
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 class KadaptError(Exception):
@@ -80,6 +84,22 @@ class InterruptedRunError(KadaptError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, or torch's on a GPU or not."""
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or is_torchs
+
+
+def harmless(value: object) -> object:
+    """A value for a CSV: a text that a spreadsheet would run as a formula gets one ' in front."""
+    return f"'{value}" if isinstance(value, str) and value.lstrip("'").startswith(FORMULA_STARTS) else value
+
+
+def as_given(value: str) -> str:
+    """The text of which `harmless` made a value."""
+    return value[1:] if value.startswith("'") and value.lstrip("'").startswith(FORMULA_STARTS) else value
 
 
 def shown(text: str) -> str:

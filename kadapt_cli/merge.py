@@ -1,15 +1,18 @@
 """`kadapt merge-weights`: fold adapter and head into plain weights that timm and transformers load.
 
-The folder holds config.json and model.safetensors in timm's own format, and a model card. After writing, a fresh
-process loads it with `timm.create_model("local-dir:DIR", pretrained=True)` and classifies real images; the logits
+The folder holds config.json and model.safetensors in timm's own format, and a model card. Before it gets its name, a
+fresh process loads it with `timm.create_model("local-dir:DIR", pretrained=True)` and classifies real images; the logits
 must agree with the adapted model's.
 """
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +43,23 @@ def merge(path: Path, out: Path, *, dtype: str) -> dict[str, Any]:
     Raises:
         UsageError: `out` is not free, or the run's method is no change of plain weights.
         ModelError: As `evaluate.open_run`.
-        CheckFailedError: In fp32, logits differ by more than 1e-4; what was written stays for inspection.
+        CheckFailedError: In fp32, logits differ by more than 1e-4, or timm cannot load the folder; there is none then.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out: {out} already exists; give a new or empty folder")
     run = open_run(path)
+    images = _check_images(run)
     base = load_backbone(run.config).module.state_dict()  # anew: the run's model has its linears replaced
     state, loss = merged_state(run.adapted, base, DTYPES[dtype])
-    _write(run, state, out)
-    images = _check_images(run)
-    difference = _verify(run, out, images)
-    result = {
+    with _becoming(out) as folder:
+        _write(run, state, folder)
+        difference = _verify(run, folder, images)
+        if dtype == "fp32" and not difference <= LARGEST_DIFFERENCE:
+            raise CheckFailedError(
+                f"--out: merged and adapted logits differ by up to {difference:.1e} on {len(images)} images, more than "
+                f"{LARGEST_DIFFERENCE:.0e}; nothing was written to {out}"
+            )
+    return {
         "schema_version": 1,
         "out": str(out),
         "dtype": dtype,
@@ -58,12 +67,33 @@ def merge(path: Path, out: Path, *, dtype: str) -> dict[str, Any]:
         "images": len(images),
         "rounding_loss": loss,
     }
-    if dtype == "fp32" and not difference <= LARGEST_DIFFERENCE:
-        raise CheckFailedError(
-            f"{out}: merged and adapted logits differ by up to {difference:.1e} on {len(images)} images, more than "
-            f"{LARGEST_DIFFERENCE:.0e}; do not use this folder"
-        )
-    return result
+
+
+@contextmanager
+def _becoming(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` in the end, and is gone when anything fails; those of killed processes are too."""
+    made = [folder for folder in out.parents if not folder.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        runs.sync_folder(folder.parent)
+    for path in out.parent.iterdir():
+        stale = runs.OUR_TEMPORARY.fullmatch(path.name)
+        if stale and path.name.endswith(f"-{out.name}") and path.is_dir() and not _is_others(int(stale[1])):
+            shutil.rmtree(path)
+    folder = out.with_name(f"{runs.TEMPORARY}{os.getpid()}-{out.name}")
+    folder.mkdir()
+    try:
+        yield folder
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+        runs.sync_folder(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_others(pid: int) -> bool:
+    return pid != os.getpid() and runs.is_alive(pid)
 
 
 def merged_state(adapted: Adapted, base: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:
@@ -104,29 +134,23 @@ def merged_state(adapted: Adapted, base: Mapping[str, Tensor], dtype: torch.dtyp
     return rounded, (lost / whole) ** 0.5 if whole else 0.0
 
 
-def _write(run: Run, state: dict[str, Tensor], out: Path) -> None:
-    """Write the folder under a temporary name and rename it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=runs.TEMPORARY, dir=out.parent) as temporary:
-        folder = Path(temporary) / "model"
-        model = full_model(run.adapted.backbone, len(run.classes))
-        model.load_state_dict(state, strict=True)
-        labels = {"label_names": list(run.classes)}
-        save_for_hf(
-            model, folder, model_config=labels, data_config=run.adapted.backbone.data_config, safe_serialization=True
-        )
-        config = json.loads((folder / "config.json").read_text())
-        for key in ("num_classes", "in_chans"):  # transformers passes these itself and fails on a second one
-            config.get("model_args", {}).pop(key, None)
-        config["pretrained_cfg"]["tag"] = "kadapt"
-        runs.commit(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        whole = {key: tensor.contiguous() for key, tensor in state.items()}
-        metadata = {"format": "pt", MERGED: merged_digest(whole, config)}
-        runs.commit(folder / "model.safetensors", save(whole, metadata))
-        runs.commit(folder / "README.md", _card(run))
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
+def _write(run: Run, state: dict[str, Tensor], folder: Path) -> None:
+    """Write timm's files and the card."""
+    model = full_model(run.adapted.backbone, len(run.classes))
+    model.load_state_dict(state, strict=True)
+    labels = {"label_names": list(run.classes)}
+    save_for_hf(
+        model, folder, model_config=labels, data_config=run.adapted.backbone.data_config, safe_serialization=True
+    )
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("num_classes", "in_chans"):  # transformers passes these itself and fails on a second one
+        config.get("model_args", {}).pop(key, None)
+    config["pretrained_cfg"]["tag"] = "kadapt"
+    runs.commit(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    whole = {key: tensor.contiguous() for key, tensor in state.items()}
+    metadata = {"format": "pt", MERGED: merged_digest(whole, config)}
+    runs.commit(folder / "model.safetensors", save(whole, metadata))
+    runs.commit(folder / "README.md", _card(run))
 
 
 def _card(run: Run) -> str:
@@ -169,16 +193,16 @@ with torch.inference_mode():
 """
 
 
-def _verify(run: Run, out: Path, images: Tensor) -> float:
+def _verify(run: Run, written: Path, images: Tensor) -> float:
     """The largest difference between the adapted model's logits and those of the folder, loaded in a new process."""
     labelled = torch.utils.data.TensorDataset(images, torch.zeros(len(images), dtype=torch.long))
     expected, _ = logits(run.adapted.module(), labelled, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "images.safetensors", Path(folder) / "logits.safetensors"
         save_file({"images": images}, source)
-        command = [sys.executable, "-c", _FRESH, str(out.resolve()), str(source), str(target)]
+        command = [sys.executable, "-c", _FRESH, str(written.resolve()), str(source), str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise CheckFailedError(f"{out}: timm cannot load what was written ({last}); do not use this folder")
+            raise CheckFailedError(f"--out: timm cannot load the merged model ({last}); nothing was written")
         return float((load_file(target)["logits"] - expected).abs().max())

@@ -20,12 +20,11 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from kadapt_cli.errors import visible
+from kadapt_cli.errors import harmless, visible
 from kadapt_cli.metrics import Interval, Metrics
 
 MAX_MATRIX_CLASSES = 20
 MAX_CONFUSIONS = 10
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 History = Sequence[Mapping[str, Any]]
 Point = tuple[float, float]
@@ -166,12 +165,6 @@ def confusion_csv(confusion: NDArray[np.int64], classes: Sequence[str]) -> str:
     for name, counts in zip(names, confusion.tolist(), strict=True):
         writer.writerow([name, *counts])
     return text.getvalue()
-
-
-def harmless(value: object) -> object:
-    """A value for a CSV: a text that a spreadsheet would run as a formula gets one ' in front."""
-    risky = isinstance(value, str) and value.lstrip("'").startswith(FORMULA_STARTS)
-    return f"'{value}" if risky else value
 
 
 # curves.svg

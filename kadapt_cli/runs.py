@@ -52,7 +52,7 @@ CURVES = "curves.svg"
 LOCK = ".kadapt.lock"
 HOLDER = ".kadapt.holder"
 TEMPORARY = ".kadapt-tmp-"
-OUR_TEMPORARY = re.compile(re.escape(TEMPORARY) + r"\d+-.+", re.DOTALL)
+OUR_TEMPORARY = re.compile(re.escape(TEMPORARY) + r"(\d+)-.+", re.DOTALL)  # the number of the process
 HOLDER_S = 1.0  # that a holder is given to say who it is
 FORMAT_VERSION = 2
 MAX_TENSORS = 20_000
@@ -115,6 +115,8 @@ def held(out: Path) -> Iterator[None]:
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     lock = _locked(out)
     try:
+        for folder in made:
+            sync_folder(folder.parent)
         for path in out.iterdir():
             if OUR_TEMPORARY.fullmatch(path.name) and not path.is_dir():
                 path.unlink(missing_ok=True)
@@ -161,14 +163,14 @@ def _holder(out: Path) -> str:
         if host and host != socket.gethostname():
             gone = f"if that machine is gone, delete {out / LOCK}"
             return visible(f"process {pid} on {host} since {since}; wait for it, {gone}")
-        if pid > 0 and _is_alive(pid):
+        if pid > 0 and is_alive(pid):
             return visible(f"process {pid} on {host} since {since}; wait for it, end it")
         if time.monotonic() > until:
             return f"another process, which {out / HOLDER} does not name; wait for it"
         time.sleep(0.05)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether a process of this machine has that number."""
     try:
         os.kill(pid, 0)
@@ -202,14 +204,19 @@ def commit(path: Path, data: bytes | str, *, previous: Path | None = None) -> No
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise MachineError(f"{path}: cannot be saved ({error.strerror}); the earlier file is untouched") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -248,7 +255,7 @@ def save_tensors(
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     head = {"format": f"kadapt-{kind}", "format_version": FORMAT_VERSION, "tensor_digest": digest(whole)}
-    full_info = sealed(head | dict(info))
+    full_info = sealed(dict(info) | head)
     commit(path, save(whole, metadata={"kadapt": json.dumps(full_info)}), previous=previous)
     return full_info
 

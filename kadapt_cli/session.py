@@ -43,6 +43,8 @@ class Material:
     datasets: dict[str, ImageDataset] = field(default_factory=dict)
     found: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     text: Tensor | None = None  # CLIP's embeddings of the class names
+    front: int = 0  # the block before which `activations` are
+    activations: dict[str, "Activations"] = field(default_factory=dict)
 
     def plain(self, split: str) -> ImageDataset:
         """A split without augmentation."""
@@ -245,7 +247,8 @@ def text_start(config: TrainConfig, material: Material) -> Tensor | None:
 
 def keep_frozen(session: Session) -> None:
     """Compute once what the frozen blocks before the first adapted one make of the images, where that is the same
-    in every epoch: no augmentation, at least one block, and results that fit in 1 GiB."""
+    in every epoch: no augmentation, at least one block, and results that fit in 1 GiB. Runs on the same images whose
+    adapters begin with the same block share it."""
     whole = session.adapted.backbone.module
     first = first_trained_block(whole)
     if session.config.augment != "none" or first == 0 or session.config.method == "linear":
@@ -259,8 +262,12 @@ def keep_frozen(session: Session) -> None:
         same = torch.allclose(tail(x), whole(probe), rtol=close, atol=close)
     if not same or 4 * x.numel() * sum(map(len, splits.values())) > ACTIVATION_BYTES:
         return
-    front = _Front(whole, first)
-    kept = {split: Activations(*logits(front, data, session.device, session.dtype)) for split, data in splits.items()}
+    kept = session.material.activations
+    if session.material.front != first:
+        kept.clear()
+        session.material.front = first
+    for split in splits.keys() - kept.keys():
+        kept[split] = Activations(*logits(_Front(whole, first), splits[split], session.device, session.dtype))
     session.train, session.val = kept["train"], kept.get("val")
     session.net = nn.Sequential(tail, session.adapted.head)
 

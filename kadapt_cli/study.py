@@ -11,19 +11,19 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
 from kadapt_cli.errors import MachineError, ModelError, UsageError
-from kadapt_cli.runs import is_sealed, sealed
+from kadapt_cli.runs import is_sealed, sealed, sync_folder
 
 Record = dict[str, Any]
 RECORDS = "study.jsonl"
 CLAIMS = ".claims"
-FORMAT_VERSION = 1  # of the records
+FORMAT_VERSION = 2  # of the records
 BEAT_S = 30.0
 STALE_S = 300.0
 SETTLE_S = 5.0
@@ -72,9 +72,19 @@ def import_optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise UsageError("Optuna is not installed; run: pip install 'kadapt[search]'") from None
+        raise UsageError("Optuna is not installed; run: pip install 'optuna>=4'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
+
+
+def _parsed(text: bytes | str) -> Record | None:
+    """A record as it was sealed; None for anything else."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_record = is_sealed(record) and isinstance(record.get("kind"), str)
+    return {k: v for k, v in record.items() if k != "sha256"} if is_record else None
 
 
 class FileStudy:
@@ -96,10 +106,11 @@ class FileStudy:
                 if not self.path.exists() or b"\n" not in self.path.read_bytes():  # killed in its first line
                     self.path.unlink(missing_ok=True)
                     self._append({"kind": "grid"} | grid)
+                    sync_folder(out)
         except OSError as error:
             raise MachineError(f"--out: {out} cannot be written ({error.strerror}); give another folder") from None
         with self.path.open("rb") as file:
-            stored = self._parse(file.readline())
+            stored = _parsed(file.readline())
         if stored is None or stored["kind"] != "grid":
             raise ModelError(f"{self.path}: its first line is damaged; restore the file, or use another --out")
         check_grid(f"--out: {out}", {k: v for k, v in stored.items() if k != "kind"}, json.loads(json.dumps(grid)))
@@ -112,19 +123,10 @@ class FileStudy:
                 if not line.endswith(b"\n"):
                     break
                 self.seen += len(line)
-                record = self._parse(line)
+                record = _parsed(line)
                 if record and record["kind"] != "grid":
                     self.known.append(record)
         return self.known
-
-    @staticmethod
-    def _parse(line: bytes) -> Record | None:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            return None
-        is_record = is_sealed(record) and isinstance(record.get("kind"), str)
-        return {k: v for k, v in record.items() if k != "sha256"} if is_record else None
 
     def add(self, record: Record) -> None:
         """Append a line and flush it to disk.
@@ -175,9 +177,12 @@ class OptunaStudy:
         self.optuna = optuna = import_optuna()
         from sqlalchemy.exc import SQLAlchemyError  # Optuna brings it
 
-        where = "--storage: " + re.sub(r"//[^/@]*@", "//", storage)  # without user and password
+        self.where = where = "--storage: " + re.sub(r"//.*@", "//", storage)  # without user and password
         self.parsed: dict[int, Record] = {}
-        path = storage.removeprefix("journal:") if "://" not in storage else None
+        path = storage.removeprefix("journal:") if storage.startswith("journal:") else None
+        if path is None and "://" not in storage:
+            raise UsageError(f"{where}: journal:PATH or the URL of a database was expected")
+        self.errors = (OSError, SQLAlchemyError, optuna.exceptions.OptunaError)
         try:
             if path is not None:
                 from optuna.storages import JournalStorage
@@ -189,7 +194,12 @@ class OptunaStudy:
             self.study = optuna.create_study(
                 storage=backend, study_name="kadapt-compare", load_if_exists=True, direction="maximize"
             )
-        except (OSError, ImportError, ValueError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        except ImportError as error:
+            name = getattr(error.__cause__ or error, "name", None) or "the package that the URL names"
+            raise UsageError(f"{where}: its driver is missing; run: pip install {name}") from None
+        except ValueError:
+            raise ModelError(f"{where}: is damaged, or no journal of Optuna; restore it, or give another") from None
+        except self.errors as error:
             reason = " ".join(str(error).split())[:200]
             raise MachineError(f"{where} cannot be opened ({reason}); check the path or URL") from None
         if "grid" not in self.study.user_attrs:
@@ -197,23 +207,37 @@ class OptunaStudy:
         check_grid(where, dict(self.study.user_attrs["grid"]), json.loads(json.dumps(grid)))
 
     def records(self) -> list[Record]:
-        """The records of all finished trials."""
-        for trial in self.study.get_trials(deepcopy=False):
+        """The records of all finished trials; one that is not as it was written is passed over and done again."""
+        with self._reached():
+            trials = self.study.get_trials(deepcopy=False)
+        for trial in trials:
             if trial.number not in self.parsed and "record" in trial.user_attrs:
-                self.parsed[trial.number] = json.loads(trial.user_attrs["record"])
+                record = _parsed(trial.user_attrs["record"])
+                if record is not None:
+                    self.parsed[trial.number] = record
         return [self.parsed[number] for number in sorted(self.parsed)]
 
     def add(self, record: Record) -> None:
         """Add a finished trial; its value is the record's score, where it has one."""
         score = record.get("score", record.get("accuracy"))
         state = self.optuna.trial.TrialState
-        self.study.add_trial(
-            self.optuna.trial.create_trial(
-                state=state.COMPLETE if score is not None else state.FAIL,
-                value=score,
-                user_attrs={"record": json.dumps(record, ensure_ascii=False)},
+        with self._reached():
+            self.study.add_trial(
+                self.optuna.trial.create_trial(
+                    state=state.COMPLETE if score is not None else state.FAIL,
+                    value=score,
+                    user_attrs={"record": json.dumps(sealed(record), ensure_ascii=False)},
+                )
             )
-        )
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Errors of the storage as one line."""
+        try:
+            yield
+        except self.errors as error:
+            reason = " ".join(str(error).split())[:200]
+            raise MachineError(f"{self.where} cannot be reached ({reason}); the same command goes on") from None
 
     @contextmanager
     def claim(self, key: str) -> Iterator[bool]:
@@ -221,14 +245,16 @@ class OptunaStudy:
         if self._claims(key):
             yield False
             return
-        trial = self.study.ask()
-        trial.set_user_attr("claim", key)
-        trial.set_user_attr("beat", time.time())
+        with self._reached():
+            trial = self.study.ask()
+            trial.set_user_attr("claim", key)
+            trial.set_user_attr("beat", time.time())
         done = threading.Event()
 
         def beat() -> None:
             while not done.wait(BEAT_S):
-                trial.set_user_attr("beat", time.time())
+                with suppress(*self.errors):  # the next one may get through
+                    trial.set_user_attr("beat", time.time())
 
         try:
             if min(self._claims(key), default=trial.number) != trial.number:
@@ -238,7 +264,8 @@ class OptunaStudy:
             yield True
         finally:
             done.set()
-            self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
+            with suppress(*self.errors):  # a claim that nobody ends ends by itself
+                self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
 
     def _claims(self, key: str) -> list[int]:
         """The numbers of the running trials that claim a key and still beat.
@@ -248,7 +275,8 @@ class OptunaStudy:
         state = self.optuna.trial.TrialState.RUNNING
         until = time.time() + SETTLE_S
         while True:
-            running = self.study.get_trials(deepcopy=False, states=(state,))
+            with self._reached():
+                running = self.study.get_trials(deepcopy=False, states=(state,))
             silent = [t for t in running if "beat" not in t.user_attrs]
             fresh = [t for t in silent if time.time() - t.datetime_start.timestamp() < SETTLE_S]
             if time.time() > until or not fresh:

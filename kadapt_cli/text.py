@@ -90,7 +90,9 @@ def _open_clip(architecture: str, tag: str) -> tuple[Any, Callable[[list[str]], 
     try:
         import open_clip
     except ImportError as error:
-        raise UsageError(f"--head-init text: needs open_clip ({error}); run pip install 'kadapt[clip]'") from None
+        raise UsageError(
+            f"--head-init text: needs open_clip ({error}); run: pip install 'open_clip_torch>=2.24'"
+        ) from None
     known = open_clip.get_pretrained_cfg(name, tags.get(tag, TAGS.get(tag, tag)))
     repo = str(known.get("hf_hub", "")).rstrip("/")
     if not repo:

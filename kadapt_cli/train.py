@@ -40,6 +40,7 @@ from kadapt_cli.errors import (
     MachineError,
     ModelError,
     UsageError,
+    is_out_of_memory,
 )
 from kadapt_cli.evaluate import choose_device, fill, logits, probabilities, stored_config
 from kadapt_cli.progress import Display
@@ -170,6 +171,7 @@ def fit(session: Session, display: Display) -> None:
                 if session.writes:
                     save_state(session)
             _leave_if(_agreed_stop(session), session)
+    _leave_if(_agreed_stop(session), session)  # asked for since
 
 
 def _solve_head(session: Session, display: Display) -> None:
@@ -248,7 +250,7 @@ def _step(session: Session, images: Tensor, labels: Tensor, batch: int, display:
             sums = _gradients(session, images, labels, batch)
             break
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         if session.world > 1:
             raise MachineError(f"out of memory with {session.micro} images at a time; give a smaller --micro-batch")
@@ -392,10 +394,6 @@ def _check_finite(session: Session) -> None:
             f"{session.out or session.images.name}: the loss is not finite at step {session.step} with learning rate "
             f"{lr:.2g}; try --lr {session.config.lr / 4:.2g}. The last good state is kept"
         )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _resumed_config(config: TrainConfig, out: Path) -> TrainConfig:

@@ -430,7 +430,7 @@ def test_sets_that_must_be_fetched_by_hand_say_so(root: Path, monkeypatch: pytes
         catalog.open_named("hateful-memes", cache_bytes=1)
     monkeypatch.setitem(sys.modules, "datasets", None)
     for name in ("stanford-cars", "resisc45"):
-        with pytest.raises(DataError, match=r"pip install 'kadapt\[hf\]', or put .* into"):
+        with pytest.raises(DataError, match=r"run: pip install 'datasets>=3', or put .* into"):
             catalog.open_named(name, cache_bytes=1)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -12,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from kadapt_cli import compare as comparing
 from kadapt_cli.compare import search, worker
 from kadapt_cli.compare.grid import Grid
 from kadapt_cli.config import TrainConfig
+from kadapt_cli.data import open_images
 from kadapt_cli.errors import (
     CheckFailedError,
     DataError,
@@ -129,8 +132,8 @@ def test_a_study_of_another_grid_says_what_differs(open_again):
 
 def test_a_study_of_another_format_is_refused(open_again, monkeypatch):
     open_again()
-    monkeypatch.setattr("kadapt_cli.study.FORMAT_VERSION", 2)
-    with pytest.raises(UsageError, match="format_version 1, not 2"):
+    monkeypatch.setattr("kadapt_cli.study.FORMAT_VERSION", 3)
+    with pytest.raises(UsageError, match="format_version 2, not 3"):
         open_again()
 
 
@@ -145,6 +148,44 @@ def test_a_storage_out_of_reach_is_one_line_without_its_password(tmp_path):
     assert "secret" not in str(caught.value)
 
 
+def test_what_the_storage_holds_is_held_against_its_digest(tmp_path):
+    pytest.importorskip("optuna", reason="needs the search extra")
+    log = tmp_path / "log"
+    open_study(tmp_path, f"journal:{log}", GRID).add({"kind": "final", "accuracy": 0.5})
+    log.write_text(log.read_text().replace("0.5", "0.9"))
+    assert open_study(tmp_path, f"journal:{log}", GRID).records() == []
+
+
+def test_a_storage_that_is_lost_on_the_way_is_one_line(tmp_path):
+    pytest.importorskip("optuna", reason="needs the search extra")
+    study = open_study(tmp_path, f"sqlite:///{tmp_path}/study.db", GRID)
+    with study.claim("a") as mine:
+        assert mine
+        with sqlite3.connect(tmp_path / "study.db") as connection:
+            connection.execute("drop table trial_user_attributes")
+        for lost in (study.records, lambda: study.add({"kind": "final"}), lambda: study.claim("b").__enter__()):
+            with pytest.raises(
+                MachineError, match=r"--storage: sqlite.* cannot be reached .*; the same command goes on"
+            ):
+                lost()
+
+
+def test_a_storage_without_a_kind_or_a_driver_says_what_to_do(tmp_path, monkeypatch):
+    pytest.importorskip("optuna", reason="needs the search extra")
+    with pytest.raises(UsageError, match="--storage: nonsense: journal:PATH or the URL of a database was expected"):
+        open_study(tmp_path, "nonsense", GRID)
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(UsageError, match=r"its driver is missing; run: pip install psycopg2"):
+        open_study(tmp_path, "postgresql+psycopg2://me:secret@localhost/db", GRID)
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path):
+    (tmp_path / "comparison.csv").write_text("mine")
+    with pytest.raises(UsageError, match=r"already holds something else \(comparison.csv, …\); give a new or empty"):
+        FileStudy(tmp_path, GRID)
+    assert (tmp_path / "comparison.csv").read_text() == "mine"
+
+
 def test_a_line_cut_by_a_kill_is_passed_over_and_the_next_is_whole(tmp_path):
     study = FileStudy(tmp_path, GRID)
     study.add({"kind": "trial", "trial": 0})
@@ -153,6 +194,16 @@ def test_a_line_cut_by_a_kill_is_passed_over_and_the_next_is_whole(tmp_path):
     study.add({"kind": "trial", "trial": 1})
     assert [r["trial"] for r in FileStudy(tmp_path, GRID).records()] == [0, 1]
     assert [r["trial"] for r in study.records()] == [0, 1]
+
+
+def test_a_record_is_flushed_and_so_is_the_name_of_the_file(tmp_path, monkeypatch):
+    seen, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (seen.append(os.fstat(number).st_ino), fsync(number)))
+    study = FileStudy(tmp_path, GRID)
+    file = study.path.stat().st_ino
+    assert seen == [file, tmp_path.stat().st_ino]
+    study.add({"kind": "trial"})
+    assert seen[2:] == [file]
 
 
 def test_the_claim_of_a_killed_process_ends(tmp_path):
@@ -349,7 +400,7 @@ def test_a_failed_trial_is_recorded_and_the_rest_goes_on(folders, tmp_path, monk
     monkeypatch.setattr(worker, "fit", fit)
     document = run(grid_of(folders[:1], methods=("bitfit",), search="coarse"), tmp_path).document
     assert [row["method"] for row in document["rows"]] == ["bitfit"]
-    assert [(f["trial"], f["reason"]) for f in document["failures"]] == [(3, "the loss is not finite at step 1")]
+    assert [(f["trial"], f["reason"]) for f in document["failures"]] == [(4, "the loss is not finite at step 1")]
 
 
 def test_a_cell_whose_runs_all_fail_has_no_accuracy(folders, tmp_path, monkeypatch):
@@ -387,6 +438,88 @@ def test_a_final_run_that_failed_is_tried_again(folders, tmp_path, monkeypatch):
     assert document["failures"] == []
 
 
+def test_what_the_machine_could_not_do_is_tried_again(folders, tmp_path, monkeypatch):
+    """A trial that failed for want of memory is done again by the next comparison; one that diverged is not."""
+    real, tried = worker.fit, []
+
+    def fit(session, display):
+        tried.append(session.config.lr)
+        if session.config.lr == 1e-3 and out_of_memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if session.config.lr == 1e-1:
+            raise DivergedError("the loss is not finite at step 1")
+        real(session, display)
+
+    monkeypatch.setattr(worker, "fit", fit)
+    grid, out_of_memory = grid_of(folders[:1], methods=("bitfit",), search="coarse"), True
+    failures = run(grid, tmp_path).document["failures"]
+    reasons = ["out of memory; give a smaller --batch-size or --jobs", "the loss is not finite at step 1"]
+    assert [f["reason"] for f in failures] == reasons
+    tried.clear()
+    out_of_memory = False
+    study = tmp_path / "study.jsonl"
+    lines = study.read_text().splitlines(keepends=True)
+    study.write_text("".join(line for line in lines if '"final"' not in line))  # as when it was killed before it
+    again = run(grid, tmp_path).document
+    assert [f["reason"] for f in again["failures"]] == reasons[1:]
+    assert 1e-3 in tried
+    assert 1e-1 not in tried
+
+
+@pytest.fixture
+def many_photos(folders, tmp_path):
+    """Three classes with a test folder and more training photos than a draw takes."""
+    root = tmp_path / "many"
+    for source in sorted(Path(folders[0]).iterdir()):
+        for number, photo in enumerate(sorted(source.iterdir())):
+            place = root / ("train" if number < 6 else "test") / source.name
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(photo, place)
+    return root
+
+
+def drawn_by_one_seed(root, seed, others) -> Path:
+    """A training photo that a seed draws and the others do not."""
+    draws = {s: {x.path for x in open_images(str(root), shots=2, seed=s).splits["train"]} for s in (seed, *others)}
+    return root / min(draws[seed].difference(*(draws[other] for other in others)))
+
+
+def test_a_bad_image_that_a_later_seed_draws_fails_its_cells_alone(many_photos, tmp_path):
+    drawn_by_one_seed(many_photos, 2, (0, 1)).write_bytes(b"no image")
+    base = TrainConfig(shots=2, epochs=1, augment="none")
+    grid = Grid(data=(str(many_photos),), methods=("linear",), seeds=(0, 1, 2), base=base)
+    document = run(grid, tmp_path / "out").document
+    assert [row["seed"] for row in document["rows"]] == [0, 1]
+    (failure,) = document["failures"]
+    assert (failure["seed"], failure["trial"]) == (2, None)
+    assert "cannot be used" in failure["reason"]
+    skipping = replace(grid, base=base.model_copy(update={"skip_bad": True}))
+    document = run(skipping, tmp_path / "skipping").document
+    assert len(document["rows"]) == 3
+    assert any(note.startswith("many, seed 2: ") and "left out" in note for note in document["notes"])
+    assert "left out" in (tmp_path / "skipping" / "comparison.html").read_text()
+
+
+def test_images_that_only_a_later_seed_draws_are_held_against_the_study_too(many_photos, tmp_path):
+    base = TrainConfig(shots=2, epochs=1, augment="none")
+    grid = Grid(data=(str(many_photos),), methods=("linear",), seeds=(0, 2), base=base)
+    run(grid, tmp_path / "out")
+    photo = drawn_by_one_seed(many_photos, 2, (0,))
+    photo.write_bytes(next(iter(sorted((many_photos / "test").rglob("*.jpg")))).read_bytes())
+    with pytest.raises(UsageError, match="many is not what the study was made with"):
+        run(replace(grid, methods=("linear", "bitfit")), tmp_path / "out")
+
+
+def test_records_of_other_processes_are_not_this_ones_time(monkeypatch):
+    said: list[str] = []
+    display = quiet()
+    monkeypatch.setattr(display, "say", said.append)
+    fresh = [{"busy_s": 6.0, "pid": 1}, {"busy_s": 50.0, "pid": 2}]
+    comparing._say_overhead(fresh, [1], 8.0, display)
+    comparing._say_overhead(fresh[1:], [1], 8.0, display)
+    assert said == ["25.0% of the time went into other things than training and measuring"]
+
+
 def test_other_images_under_the_same_name_are_refused(folders, tmp_path):
 
     first, second = (tmp_path / name / "flowers" for name in ("a", "b"))
@@ -418,6 +551,7 @@ def test_validation_is_taken_from_the_shots_even_where_the_set_has_its_own(split
         ({"methods": ("lora", "lorra")}, UsageError, "unknown method 'lorra'; did you mean lora"),
         ({"methods": ("lora", "lora")}, UsageError, "is there twice"),
         ({"data": ("nowhere",)}, DataError, "nowhere"),
+        ({"data": ("mnist", "MNIST")}, UsageError, "--data: one of mnist, mnist is there twice"),
         ({"data": ("oxford-iit-pets",)}, DataError, "oxford-iiit-pets"),
         ({"base": TrainConfig(metric="roc_auc", shots=5)}, UsageError, "cannot have roc_auc"),
     ],
@@ -448,4 +582,4 @@ def test_a_killed_comparison_goes_on_in_two_processes(folders, tmp_path):
     assert len(json.loads(done.stdout)["rows"]) == 4
     records = [json.loads(line) for line in study.read_text().splitlines()[1:]]
     keys = [(r["data"], r["method"], r["trial"]) for r in records]
-    assert len(keys) == len(set(keys)) == 4 * 6
+    assert len(keys) == len(set(keys)) == 4 * 7  # six trials and the final run

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -164,6 +165,21 @@ def test_every_command_in_every_condition(place, tmp_path, quick, tally):
                     shutil.rmtree(out)
     assert not failures, f"{len(failures)} of {trials}:\n" + "\n\n".join(map(str, failures))
     tally(ROW, trials)
+
+
+def test_a_bug_shows_no_values(tally):
+    """The traceback of a true process, as its own excepthook prints it, holds no local variable."""
+    code = (
+        "import os, sys\nfrom kadapt_cli import __main__ as program, evaluate\n"
+        "def broken(*_, **__):\n    secret = os.environ['HF_TOKEN']\n    raise ValueError('a bug')\n"
+        "evaluate.evaluate = broken\nsys.argv = ['kadapt', 'eval', 'run']\nprogram.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"HF_TOKEN": TOKEN}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, "ValueError: a bug" in done.stderr) == (1, True)
+    assert TOKEN not in done.stdout + done.stderr
+    tally(ROW, 1)
 
 
 def _not_json(text: str, name: str) -> list[str]:

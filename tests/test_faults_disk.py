@@ -9,8 +9,10 @@ from pathlib import Path
 
 import faults
 import pytest
+import torch
 
-from kadapt_cli import runs
+from kadapt_cli import merge, runs, session
+from kadapt_cli import train as training
 
 pytestmark = pytest.mark.faults
 ROW = "a failing disk: exit 5, one line, the old state whole"
@@ -141,6 +143,49 @@ def test_a_run_that_goes_on(tiny, finished, tmp_path, tally, quick):
 
     arguments = (*tiny.train, "--out", out, "--resume")
     tally(ROW, sweep(out, arguments, prepare, judge, step=31 if quick else 1))
+
+
+def test_out_of_memory_anywhere_is_one_line(tiny, tmp_path, tally):
+    """Also where nothing is halved: in the optimizer, in a measurement, before training."""
+
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    for number, (module, name) in enumerate([(torch.optim.AdamW, "step"), (training, "logits"), (session, "logits")]):
+        out = tmp_path / str(number)
+
+        def action(module=module, name=name, out=out):
+            setattr(module, name, full)
+            faults.command(*tiny.train, "--out", out)()
+
+        found = faults.forked(action)
+        assert (found.code, "Traceback" in found.err) == (5, False), found.err
+        assert "out of memory" in found.said
+    tally(ROW, 3)
+
+
+def test_a_merge_that_does_not_end_leaves_no_folder(finished, tmp_path, tally):
+    """Neither one that nobody compared, nor one that differs; what a killed one left is removed by the next."""
+
+    def merging(change):
+        def action():
+            change()
+            faults.command("merge-weights", finished, "--out", tmp_path / "merged")()
+
+        return faults.forked(action)
+
+    def ended(number):
+        return lambda: setattr(merge, "_verify", lambda *_: os.kill(os.getpid(), number))
+
+    ends = {143: ended(signal.SIGTERM), 7: lambda: setattr(merge, "_verify", lambda *_: 0.1), -9: ended(signal.SIGKILL)}
+    for code, change in ends.items():
+        found = merging(change)
+        assert found.code == code, found.err
+        assert not (tmp_path / "merged").exists()
+    assert len(list(tmp_path.iterdir())) == 1  # of the one that was killed
+    assert merging(lambda: None).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    tally(ROW, 4)
 
 
 def test_merge_weights(finished, tmp_path, tally, quick):

@@ -215,6 +215,14 @@ def test_either_process_is_killed(port, images, alone, tmp_path, tally, quick):
     tally(ROW, 2 if quick else len(cases))
 
 
+def test_the_second_process_writes_nothing(port, images, tmp_path, tally):
+    said = at(runs, "commit", 1, lambda: os.write(2, b"committed"))
+    found = [trial.wait() for trial in together(port, start(images, tmp_path / "run"), {0: said, 1: said})]
+    assert [outcome.code for outcome in found] == [0, 0]
+    assert ["committed" in outcome.err for outcome in found] == [True, False]
+    tally(ROW, 1)
+
+
 def test_a_signal_to_one_stops_both(port, images, alone, tmp_path, tally, quick):
     """After the same step, with its exit code, saved; wherever it comes: in a step, in a save, in validation."""
     wrong = []

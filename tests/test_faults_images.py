@@ -117,6 +117,7 @@ REFUSED: list[tuple[str, bytes | Make, str]] = [
     ("empty.jpg", b"", "the file is empty"),
     ("text.jpg", b"this is no picture", "not an image of a known format"),
     ("zeros.jpg", bytes(1000), "not an image of a known format"),
+    ("large.jpg", lambda path: (path.write_bytes(JPEG), os.truncate(path, (1 << 30) + 1)), "more than 1024 MiB"),
     ("resource.jpg", b"\0\5\26\7\0\2\0\0Mac OS X AppleDouble", "not an image of a known format"),
     ("short.png", PNG[: len(PNG) // 2], "truncated"),
     ("bomb-9500.png", header(9500, 9500), "is more than 89,478,485 pixels"),
@@ -350,7 +351,19 @@ def not_utf8(path: bytes) -> Make:
 
 
 NFC, NFD = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
-STRANGE = ("two words", "🌷", "line\nbreak", "[red]x[bold]", "\x1b[31mred", "=1+1", "a;rm -rf", "a..", "%s{}", "-x")
+STRANGE = (
+    "two words",
+    "🌷",
+    "line\nbreak",
+    "[red]x[bold]",
+    "\x1b[31mred",
+    "=1+1",
+    "a;rm -rf",
+    "a..",
+    "%s{}",
+    "-x",
+    "a\rb",
+)
 FULL = {"a": 2, "b": 2}
 
 # Name, how to make it, options, and what is expected: the number of images used, or None; the classes, or None; words.
@@ -367,8 +380,14 @@ LAYOUTS: list[tuple[str, Make, int | None, tuple[str, ...] | None, str]] = [
     ("same leaf names", beside("a/x/0.png", "a/y/0.png", "b/a/0.png"), 11, ("a", "b"), ""),
     ("letter case", beside("A/0.png", "A/1.png", "A/2.png", "a/0.PNG"), 12, ("A", "a", "b"), ""),
     ("normal forms", plain(NFC, NFD), 8, (NFD, NFC), ""),
-    ("strange names", plain(*STRANGE, count=3), 30, tuple(sorted(STRANGE)), ""),
-    ("strange files", beside("a/[red].png", "a/\x1b[2J.png", "a/a\nb.png", "a/🌷 .png"), 12, ("a", "b"), ""),
+    ("strange names", plain(*STRANGE, count=3), 33, tuple(sorted(STRANGE)), ""),
+    (
+        "strange files",
+        beside("a/[red].png", "a/\x1b[2J.png", "a/a\nb.png", "a/a\rb.png", "a/=1+1.png", "a/🌷 .png"),
+        14,
+        ("a", "b"),
+        "",
+    ),
     ("class not UTF-8", not_utf8(b"caf\xe9/0.png"), None, None, r"b'caf\xe9' is not valid UTF-8; rename the folder"),
     (
         "folder not UTF-8",

@@ -82,6 +82,23 @@ def test_augmented_images_and_a_trained_front_are_not_kept(monkeypatch):
         assert not isinstance(session.train, sessions.Activations)
 
 
+def test_runs_on_the_same_images_share_what_the_frozen_blocks_compute(monkeypatch):
+    computed = []
+    real = sessions.logits
+
+    def logits(module, data, device, dtype):
+        computed.append(getattr(module, "first", None))
+        return real(module, data, device, dtype)
+
+    monkeypatch.setattr(sessions, "logits", logits)
+    material = sessions.Material(open_images("demo", shots=4), load("vit32"))
+    config = TrainConfig(shots=4, epochs=1, augment="none")
+    for targets in (LAST_TWO, LAST_TWO, ("blocks.5.q",), LAST_TWO):
+        training.prepare(config.model_copy(update={"targets": targets}), None, quiet(), material=material)
+    fronts = [first for first in computed if first is not None]  # the others are features for the head
+    assert fronts == [4, 4, 5, 5, 4, 4]  # training and validation images; one block's at a time is kept
+
+
 @pytest.mark.slow
 def test_adapting_the_last_two_blocks_is_twice_as_fast(monkeypatch):
     """The frozen four of six blocks run once and not in each of 20 epochs; the best of three pairs, taking turns."""

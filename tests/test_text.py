@@ -118,7 +118,9 @@ def test_another_backbone_and_a_missing_package(monkeypatch):
     message = refused(ModelError, "vit_small_patch16_224", "augreg_in21k")
     assert "vit_small_patch16_224 has no text half that is known; use --model vit_base_patch32_clip_quick" in message
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    assert refused(UsageError, "vit_base_patch32_clip_224", "openai").endswith("run pip install 'kadapt[clip]'")
+    assert refused(UsageError, "vit_base_patch32_clip_224", "openai").endswith(
+        "run: pip install 'open_clip_torch>=2.24'"
+    )
 
 
 def test_weights_that_cannot_be_had(open_clip, tmp_path: Path, monkeypatch):

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from kadapt_cli import runs, signals
+from kadapt_cli import metrics, runs, signals
 from kadapt_cli import train as training
 from kadapt_cli.config import TrainConfig, resolve, to_toml
 from kadapt_cli.errors import DivergedError, InterruptedRunError, KadaptError, MachineError, ModelError, UsageError
@@ -161,21 +161,107 @@ def test_stops_when_validation_gets_clearly_worse(photos, tmp_path, monkeypatch)
     assert (result["epochs"], result["kept_epoch"]) == (5, 2)
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 5, 6, 10])
-def test_resume_from_any_step_ends_with_the_same_bits(finished, photos, tmp_path, monkeypatch, stop_after):
-    out, _ = finished
+def stopped_after(steps, config, out, monkeypatch):
+    """Train until Ctrl-C after some steps; what was patched is as before then."""
     real = training._step
 
     def interrupted(session, *rest):
         real(session, *rest)
-        if session.step == stop_after:
+        if session.step == steps:
             session.stop = signal.SIGINT
 
-    monkeypatch.setattr(training, "_step", interrupted)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_step", interrupted)
+        with pytest.raises(KadaptError, match="--resume") as caught:
+            training.train(config, out, resume=False, display=quiet())
+    assert caught.value.exit_code == 130
+
+
+def test_what_validation_chose_survives_a_stop(photos, tmp_path, monkeypatch):
+    """The second of six epochs is the best; a run that stops in the fourth and goes on keeps it too."""
+    real = training._end_epoch
+
+    def scored(session, display):
+        values = {1: 0.5, 2: 1.0}
+        with monkeypatch.context() as patch:
+            patch.setattr(metrics, "score", lambda *_: values.get(session.epoch + 1, 0.0))
+            real(session, display)
+
+    monkeypatch.setattr(training, "_end_epoch", scored)
+    config = config_for(photos, patience=3).model_copy(update={"epochs": 6})
+    whole = training.train(config, tmp_path / "whole", resume=False, display=quiet())
+    steps = read_metrics(tmp_path / "whole")[0]["step"]
+    stopped_after(3 * int(steps) + 1, config, tmp_path / "run", monkeypatch)
+    again = training.train(config, tmp_path / "run", resume=True, display=quiet())
+    assert whole["kept_epoch"] == again["kept_epoch"] == 2
+    assert whole["epochs"] == again["epochs"] == 5
+    same_training(tmp_path / "whole", tmp_path / "run")
+
+
+def test_the_halved_micro_batch_survives_a_stop(photos, tmp_path, monkeypatch):
+    real = training._gradients
+
+    def refusing(session, images, labels, batch):
+        if session.micro > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(session, images, labels, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_gradients", refusing)
+        stopped_after(1, config_for(photos), tmp_path / "run", monkeypatch)
+    result = training.train(config_for(photos), tmp_path / "run", resume=True, display=quiet())
+    assert result["micro_batch"] == 2
+
+
+def test_the_scale_of_half_precision_survives_a_stop(photos, tmp_path):
+    config = config_for(photos)
+    session = training.prepare(config, tmp_path, quiet())
+    session.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    training.save_state(session)
+    other = training.prepare(config, tmp_path, quiet())
+    other.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    training.restore(other)
+    assert other.scaler.state_dict()["scale"] == 4.0
+
+
+def test_a_signal_as_training_ends_stops_before_the_test(photos, tmp_path, monkeypatch):
+    """In the last moment in which training answers for signals: after its last look for one."""
+    real = training._leave_if
+
+    def late(stop, session):
+        real(stop, session)
+        if session.finished:
+            session.stop = signal.SIGTERM
+
+    monkeypatch.setattr(training, "_leave_if", late)
     with pytest.raises(KadaptError, match="--resume") as caught:
         training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
-    assert caught.value.exit_code == 130
-    monkeypatch.undo()
+    assert caught.value.exit_code == 143
+
+
+def test_a_commit_flushes_the_file_then_names_it_then_flushes_the_folder(tmp_path, monkeypatch):
+    seen, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda n: (seen.append(("flush", os.fstat(n).st_ino)), fsync(n)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(("name", os.stat(a).st_ino)), replace(a, b)))
+    file = tmp_path / "file"
+    runs.commit(file, "x")
+    inode, folder = file.stat().st_ino, tmp_path.stat().st_ino
+    assert seen == [("flush", inode), ("name", inode), ("flush", folder)]
+    seen.clear()
+    with runs.held(tmp_path / "new" / "run"):
+        assert seen[:2] == [("flush", (tmp_path / "new").stat().st_ino), ("flush", folder)]
+
+
+def test_a_description_that_was_read_brings_no_digest_of_its_own(tmp_path):
+    runs.save_tensors(tmp_path / "x", "adapter", {"a": torch.ones(2)}, {})
+    runs.save_tensors(tmp_path / "x", "adapter", {"a": torch.zeros(2)}, runs.load_tensors(tmp_path / "x", "adapter")[1])
+    assert not runs.load_tensors(tmp_path / "x", "adapter")[0]["a"].any()
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5, 6, 10])
+def test_resume_from_any_step_ends_with_the_same_bits(finished, photos, tmp_path, monkeypatch, stop_after):
+    out, _ = finished
+    stopped_after(stop_after, config_for(photos), tmp_path / "run", monkeypatch)
     torch.manual_seed(999)  # whatever the new process's generator holds
     training.train(config_for(photos), tmp_path / "run", resume=True, display=quiet())
     same_training(out, tmp_path / "run")

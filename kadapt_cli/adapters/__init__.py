@@ -62,6 +62,7 @@ METHODS: dict[str, ModuleType] = {
     "ssf": ssf,
     "subspace": subspace,
 }
+COMPARED = tuple(name for name in METHODS if name != "subspace")  # subspace is how dimensions are measured
 WEIGHT_DECAY = 1e-4
 # Of the globs in --targets, so that none takes long to try.
 MAX_PATTERNS, MAX_PATTERN, MAX_STARS = 1000, 200, 10

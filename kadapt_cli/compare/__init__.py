@@ -9,10 +9,11 @@ and seeds, and shared between processes.
 import copy
 import json
 import multiprocessing
+import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -24,9 +25,10 @@ from kadapt_cli import __version__, runs, signals
 from kadapt_cli.adapters import adapt, method
 from kadapt_cli.compare import page, summary
 from kadapt_cli.compare.grid import Grid, label, variant
-from kadapt_cli.compare.worker import Worker, open_cell
-from kadapt_cli.data import ImageSet, digest_of
+from kadapt_cli.compare.worker import Worker, check_images, open_cell
+from kadapt_cli.data import digest_of
 from kadapt_cli.errors import (
+    EXIT_CODES,
     CheckFailedError,
     InterruptedRunError,
     KadaptError,
@@ -72,38 +74,50 @@ def compare(grid: Grid, out: Path, display: Display, *, storage: str | None, job
     backbone = load_backbone(grid.base)
     drawn = _check(grid, backbone)
     study = open_study(out, storage, grid.settings(backbone))
-    _check_images(study, drawn, grid.seeds[0])
+    for name, digest in drawn.items():
+        check_images(study, name, grid.seeds[0], digest)
     display.say(f"{len(grid.data)} data sets × {len(grid.methods)} methods × {len(grid.seeds)} seeds; {grid.budget()}")
     if grid.select == "test-best":
         display.say("WARNING: --select test-best takes the best epoch on the test images: no honest estimate")
     before = len(study.records())
+    processes = [os.getpid()]
     try:
         if jobs == 1:
             Worker(grid, study, display, backbone, out).work()
         else:
-            _work_in_processes(grid, out, storage, jobs)
+            processes = _work_in_processes(grid, out, storage, jobs)
     except (InterruptedRunError, signals.Stopped) as error:
         done = len(results(grid, study)[0])
         raise InterruptedRunError(
             f"stopped: {done} of {len(grid.cells())} cells are done and kept; the same command goes on",
             error.exit_code,
         ) from None
-    fresh = study.records()[before:]
-    if fresh and storage is None:
-        share = 1 - sum(r["busy_s"] for r in fresh) / (jobs * (time.perf_counter() - began))
-        display.say(f"{share:.1%} of the time went into other things than training and measuring")
+    if storage is None:
+        _say_overhead(study.records()[before:], processes, time.perf_counter() - began, display)
     found = write(grid, study, out, m0, grid.settings(backbone))
+    for note in found.document["notes"]:
+        display.say(f"note: {note}")
     if not found.document["rows"]:
         raise CheckFailedError(f"every run failed; the first: {found.document['failures'][0]['reason']}")
     return found
 
 
+def _say_overhead(fresh: list[Record], processes: Sequence[int], time_s: float, display: Display) -> None:
+    """How much of the time of these processes went into neither training nor measuring."""
+    busy = [record["busy_s"] for record in fresh if record["pid"] in processes]
+    if busy:
+        share = 1 - sum(busy) / (len(processes) * time_s)
+        display.say(f"{share:.1%} of the time went into other things than training and measuring")
+
+
 def write(grid: Grid, study: Study, out: Path, m0: float, settings: Record) -> Comparison:
     """Write comparison.csv, .json, .html and .svg from what a study holds of the grid."""
     rows, failures = results(grid, study)
-    document = summary.document(rows, failures, m0) | {"select": grid.select}
-    setting = {"kadapt": __version__, "torch": torch.__version__, "seeds": ", ".join(map(str, grid.seeds))}
-    setting |= {key: str(value) for key, value in settings.items() if value is not None}
+    notes = dict.fromkeys(f"{row['data']}, seed {row['seed']}: {note}" for row in rows for note in row["notes"])
+    document = summary.document(rows, failures, m0) | {"select": grid.select, "notes": list(notes)}
+    setting: Record = {"kadapt": __version__, "torch": torch.__version__, "seeds": list(grid.seeds)}
+    setting |= {key: value for key, value in settings.items() if value is not None}
+    setting |= {"notes": list(notes)} if notes else {}
     out.mkdir(parents=True, exist_ok=True)
     runs.commit(out / CSV, summary.comparison_csv(rows, failures))
     runs.commit(out / JSON, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
@@ -113,16 +127,18 @@ def write(grid: Grid, study: Study, out: Path, m0: float, settings: Record) -> C
 
 
 def results(grid: Grid, study: Study) -> tuple[list[Record], list[Record]]:
-    """The rows of the grid's finished cells, and its failures, in the grid's order."""
+    """The rows of the grid's finished cells, and its failures, in the grid's order; trials count from 1."""
     order = {(label(cell.data), cell.method, cell.seed): place for place, cell in enumerate(grid.cells())}
     keyed = [(order.get((r["data"], r["method"], r["seed"]), -1), r) for r in study.records()]
     mine = [record for place, record in sorted(keyed, key=lambda pair: pair[0]) if place >= 0]
     newest = {(r["data"], r["method"], r["seed"], r["trial"]): r for r in mine}.values()
-    return [r for r in newest if r["kind"] == "final"], [r for r in newest if r["kind"] == "failure"]
+    failures = [r for r in newest if r["kind"] == "failure"]
+    counted = [r if r["trial"] is None else r | {"trial": r["trial"] + 1} for r in failures]
+    return [r for r in newest if r["kind"] == "final"], counted
 
 
-def _check(grid: Grid, backbone: Backbone) -> dict[str, ImageSet]:
-    """Whatever can be known to be wrong before the first run is said now; returns the images of the first seed."""
+def _check(grid: Grid, backbone: Backbone) -> dict[str, str]:
+    """Whatever can be known to be wrong before the first run is said; the digests of the first seed's images."""
     if grid.search == "optuna":
         import_optuna()
     names = [label(data) for data in grid.data]
@@ -133,7 +149,8 @@ def _check(grid: Grid, backbone: Backbone) -> dict[str, ImageSet]:
         method(variant(name)[0])
     drawn = {}
     for data in grid.data:
-        drawn[label(data)] = images = open_cell(grid, data, grid.seeds[0])
+        images = open_cell(grid, data, grid.seeds[0])
+        drawn[label(data)] = digest_of(images)
         if not images.splits["test"]:
             raise UsageError(f"--data: {data} leaves no test images; draw fewer with --shots")
         text_start(grid.base, Material(images, backbone))
@@ -144,19 +161,8 @@ def _check(grid: Grid, backbone: Backbone) -> dict[str, ImageSet]:
     return drawn
 
 
-def _check_images(study: Study, drawn: Mapping[str, ImageSet], seed: int) -> None:
-    """The study's records are of these images."""
-    for record in study.records():
-        images = drawn.get(record["data"])
-        if images is not None and record["seed"] == seed and record["images"] != digest_of(images):
-            raise UsageError(
-                f"--data: {record['data']} is not what the study was made with: images were added, removed or changed, "
-                "or it is another folder of that name; put them back, or use another --out"
-            )
-
-
-def _work_in_processes(grid: Grid, out: Path, storage: str | None, jobs: int) -> None:
-    """Start workers and wait for them; they share the study and the machine's cores."""
+def _work_in_processes(grid: Grid, out: Path, storage: str | None, jobs: int) -> list[int]:
+    """Start workers, which share the study and the machine's cores, and wait for them; returns their numbers."""
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // jobs)
     workers: list[BaseProcess] = [
@@ -179,7 +185,11 @@ def _work_in_processes(grid: Grid, out: Path, storage: str | None, jobs: int) ->
         raise InterruptedRunError("", signals.EXIT_CODES[asked[0]])
     codes = {worker.exitcode for worker in workers} - {0}
     if codes:
-        raise MachineError(f"a worker ended with exit code {codes.pop()} (see above); the same command goes on")
+        code = codes.pop()
+        error = MachineError(f"a worker ended with exit code {code} (see above); the same command goes on")
+        error.exit_code = code if code in EXIT_CODES else error.exit_code
+        raise error
+    return [worker.pid or 0 for worker in workers]
 
 
 def _worker(grid: Grid, out: Path, storage: str | None, threads: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from kadapt_cli.adapters import method
-from kadapt_cli.catalog import is_named
+from kadapt_cli.catalog import is_named, known_name
 from kadapt_cli.compare.search import BUDGETS, Search, coarse, faithful, none, tpe
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import UsageError, shown
@@ -53,11 +53,14 @@ class Grid:
         )
         fixed = {f"{key}": list(value) if isinstance(value, tuple) else value for key, value in shared.items()}
         trials = {"trials": self.trials} if self.search == "optuna" else {}
-        pool = (
-            {"pool": [label(data) for data in self.data], "pool_seed": self.seeds[0]} if self.select == "pooled" else {}
-        )
+        is_pooled = self.select == "pooled" and self.search != "none"
+        pool = {"pool": [label(data) for data in self.data], "pool_seed": self.seeds[0]} if is_pooled else {}
         device = choose_device(self.base.device)
-        own: dict[str, Any] = {"search": self.search, "search_epochs": self.search_epochs, "select": self.select}
+        own: dict[str, Any] = {"search": self.search, "select": self.select}
+        if self.search != "none":
+            own |= {"search_epochs": self.search_epochs}
+        elif self.select == "pooled":  # no trials to choose from
+            own |= {"select": "validation"}
         own |= {"backbone": backbone.digest[:16], "device": device.type}
         own |= {"precision": str(precision_of(self.base.precision, device)).removeprefix("torch.")}
         return fixed | trials | pool | own
@@ -82,10 +85,11 @@ class Grid:
         most = self.trials if self.search == "optuna" else BUDGETS[self.search]
         if not most:
             return f"no search: each method's defaults, {self.base.epochs} epochs on training and validation images"
+        most_of = "" if self.search != "faithful" else ", of linear 15, as it has decays alone,"
         where = f"and data set, with seed {self.seeds[0]}" if self.select == "pooled" else "in every cell"
         return (
-            f"search {self.search}: at most {most} trials of {self.search_epochs} epochs for every method {where}; "
-            f"then {self.base.epochs} epochs on training and validation images with the best in validation"
+            f"search {self.search}: at most {most} trials{most_of} of {self.search_epochs} epochs for every method "
+            f"{where}; then {self.base.epochs} epochs on training and validation images with the best in validation"
         )
 
 
@@ -110,5 +114,5 @@ def variant(name: str) -> tuple[str, tuple[str, ...] | None]:
 
 
 def label(data: str) -> str:
-    """A data set's name in tables: a folder's own name."""
-    return data if is_named(data) else Path(data).resolve().name
+    """A data set's name in tables: the one name that a known set has, however it was spelt; a folder's own name."""
+    return known_name(data) if is_named(data) else Path(data).resolve().name

@@ -18,6 +18,7 @@ Value = tuple[float, float]
 Search = Generator[Settings, Value, None]
 
 FAILED: Value = (-math.inf, -math.inf)
+LOSS_WEIGHT = 1e-6  # beside a score, for a search that takes one number: it decides between equal scores alone
 COARSE_RATES = (2e-4, 1e-3, 4e-3, 2e-2, 1e-1)
 COARSE_DECAYS = (1e-4, 0.3)
 PROBE_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -71,7 +72,7 @@ def tpe(has_rate: bool, trials: int, seed: int) -> Search:
         if value == FAILED:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
-            study.tell(trial, value[0] + 1e-3 * value[1])
+            study.tell(trial, value[0] + LOSS_WEIGHT * value[1])
 
 
 def following(search: Search, values: Sequence[Value]) -> Settings | None:

@@ -19,9 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from kadapt_cli.errors import visible
+from kadapt_cli.errors import harmless, visible
 from kadapt_cli.progress import duration
-from kadapt_cli.report import harmless, new_table, plain
+from kadapt_cli.report import new_table, plain
 
 JSON_ROW = ["data", "method", "shots", "seed", "accuracy", "trainable", "adapter", "lr", "weight_decay", "trials"]
 JSON_FAILURE = ["data", "method", "shots", "seed", "trial", "reason"]
@@ -198,7 +198,7 @@ def notes(rows: Sequence[Row], m0: float) -> tuple[str, str, str]:
     return (
         f"top-1 accuracy{others}, in %: mean±standard deviation over seeds; ---: a cell failed or is missing",
         f"PE = mean · exp(−log10(trainable / {m0:,.0f} + 1)); trainable: with the head, mean over data sets; "
-        "time: of all finished cells",
+        "time: of the final runs",
         "in points; low to high: 95 % interval of a paired bootstrap over data sets and seeds, too narrow with few "
         "data sets, not corrected for several methods",
     )

@@ -2,28 +2,42 @@
 
 import itertools
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from torch import Tensor
 
 from kadapt_cli import metrics
 from kadapt_cli.compare import search
 from kadapt_cli.compare.grid import Cell, Grid, label, variant
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import ImageSet, digest_of, merged, open_images
-from kadapt_cli.errors import TERMINATED, InterruptedRunError, KadaptError, MachineError
+from kadapt_cli.errors import (
+    ENVIRONMENT,
+    TERMINATED,
+    InterruptedRunError,
+    KadaptError,
+    MachineError,
+    UsageError,
+    is_out_of_memory,
+)
 from kadapt_cli.evaluate import logits
 from kadapt_cli.models import Backbone
 from kadapt_cli.probe import auto_targets
 from kadapt_cli.progress import Display, new_console
-from kadapt_cli.session import Material, Session, choose_metric, prepare
+from kadapt_cli.session import Material, Session, choose_metric, prepare, text_start
 from kadapt_cli.study import Record, Study
 from kadapt_cli.train import costs, fit, forget_peak
 
 WAIT_S = 1.0
+
+
+class OtherImagesError(UsageError):
+    """The images of a cell are not those of the study's records: no failure of the cell, but the end of the work."""
 
 
 class Worker:
@@ -37,6 +51,9 @@ class Worker:
         self.quiet = Display(new_console(stderr=True), quiet=True)
         self.backbone = backbone
         self.before = len(study.records())
+        self.indexed = 0
+        self.by_cell: dict[tuple[str, str, int], list[tuple[int, Record]]] = {}  # records and their places in the study
+        self.texts: dict[str, Tensor | None] = {}  # CLIP's embeddings of the class names, by data
         self.opened: tuple[str, int] | None = None
         self.probed: dict[tuple[str, int], tuple[str, ...]] = {}  # targets by data and seed
         self.materials: tuple[Material, Material]
@@ -59,10 +76,8 @@ class Worker:
 
     def _is_done(self, cell: Cell) -> bool:
         """Whether the final run is there; one that failed in an earlier comparison is tried again."""
-        key = key_of(cell)
-        recent = self.study.records()[self.before :]
-        return any(r["kind"] == "final" for r in self._records(cell)) or any(
-            r["trial"] is None and (r["data"], r["method"], r["seed"]) == key for r in recent
+        return any(
+            r["kind"] == "final" or (r["trial"] is None and place >= self.before) for place, r in self._records(cell)
         )
 
     def _fill(self, cell: Cell) -> bool:
@@ -74,13 +89,25 @@ class Worker:
         self._final(cell)
         return True
 
-    def _records(self, cell: Cell) -> list[Record]:
-        key = key_of(cell)
-        return [r for r in self.study.records() if (r["data"], r["method"], r["seed"]) == key]
+    def _records(self, cell: Cell) -> list[tuple[int, Record]]:
+        """The cell's records, each with its place in the study."""
+        records = self.study.records()
+        for place in range(self.indexed, len(records)):
+            key = (records[place]["data"], records[place]["method"], records[place]["seed"])
+            self.by_cell.setdefault(key, []).append((place, records[place]))
+        self.indexed = len(records)
+        return self.by_cell.get(key_of(cell), [])
 
     def _trials(self, cell: Cell) -> list[Record]:
-        """The cell's trials in their order, up to the first that is missing: each depends on those before it."""
-        trials = {r["trial"]: r for r in self._records(cell)}
+        """The cell's trials in their order, up to the first that is missing: each depends on those before it.
+
+        One that the machine could not do in an earlier comparison, for want of memory say, is tried again.
+        """
+        trials = {
+            r["trial"]: r
+            for place, r in self._records(cell)
+            if place >= self.before or r["kind"] != "failure" or r["exit_code"] != ENVIRONMENT
+        }
         return [trials[number] for number in itertools.takewhile(trials.__contains__, itertools.count())]
 
     def _next(self, cell: Cell) -> search.Settings | None:
@@ -101,7 +128,8 @@ class Worker:
             self.display.say(f"{cell}: trial {number + 1}, {_words(settings)}: validation {last['val_accuracy']:.1%}")
             return {"score": last["val_accuracy"], "loss": last["val_loss"], "busy_s": busy_s}
 
-        self._record(cell, {"kind": "trial", "trial": number, "lr": settings[0], "weight_decay": settings[1]}, run)
+        head = {"kind": "trial", "trial": number, "lr": settings[0], "weight_decay": settings[1]}
+        self._record(cell, head, f"trial {number + 1}, {_words(settings)}", run)
 
     def _final(self, cell: Cell) -> None:
         """Train the best setting on training and validation images, and look at the test images."""
@@ -133,27 +161,36 @@ class Worker:
                 "select": self.grid.select,
                 "peak_bytes": costs(session)["peak_bytes"],
                 "busy_s": busy_s,
+                "notes": material.images.notes,
             }
 
-        self._record(cell, {"kind": "final", "trial": None}, run)
+        self._record(cell, {"kind": "final", "trial": None}, "final run", run)
 
-    def _record(self, cell: Cell, head: Record, run: Callable[[], Record]) -> None:
+    def _record(self, cell: Cell, head: Record, words: str, run: Callable[[], Record]) -> None:
         """Keep what a run came to, or why it failed."""
         parent = multiprocessing.parent_process()
         if parent is not None and not parent.is_alive():
             raise InterruptedRunError("the comparison was killed", TERMINATED)
-        images = self._material(cell)[0].images
-        head = head | {"data": label(cell.data), "method": cell.method, "seed": cell.seed, "images": digest_of(images)}
+        head = head | {"data": label(cell.data), "method": cell.method, "seed": cell.seed, "pid": os.getpid()}
         began = time.perf_counter()
         try:
-            found = run()
-        except InterruptedRunError:
+            found = {"images": digest_of(self._material(cell)[0].images)} | run()
+        except (InterruptedRunError, OtherImagesError):
             raise
         except KadaptError as error:
-            reason = " ".join(str(error).split())
-            self.display.say(f"{cell}: FAILED: {reason}")
-            found = {"kind": "failure", "reason": reason, "shots": self.grid.base.shots, "busy_s": 0.0}
+            found = self._failure(cell, words, error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            found = self._failure(cell, words, MachineError("out of memory; give a smaller --batch-size or --jobs"))
         self.study.add(head | found | {"time_s": time.perf_counter() - began})
+
+    def _failure(self, cell: Cell, words: str, error: KadaptError) -> Record:
+        """The record of a run that failed, which is said."""
+        reason = " ".join(str(error).split())
+        self.display.say(f"{cell}: {words}: FAILED: {reason}")
+        about = {"shots": self.grid.base.shots, "busy_s": 0.0, "images": None}
+        return {"kind": "failure", "reason": reason, "exit_code": error.exit_code} | about
 
     def _fitted(
         self, cell: Cell, settings: search.Settings | None, epochs: int, material: Material
@@ -200,12 +237,27 @@ class Worker:
         """Images and backbone of a cell for the search and for the final run; opened again when the images change."""
         if self.opened != (cell.data, cell.seed):
             images = open_cell(self.grid, cell.data, cell.seed)
+            check_images(self.study, label(cell.data), cell.seed, digest_of(images))
             final = merged(images)
             if self.grid.select == "test-best":
                 final.splits["val"] = final.splits["test"]
             self.materials = (Material(images, self.backbone), Material(final, self.backbone))
+            if cell.data not in self.texts:
+                self.texts[cell.data] = text_start(self.grid.base, self.materials[0])
+            for material in self.materials:
+                material.text = self.texts[cell.data]
             self.opened = (cell.data, cell.seed)
         return self.materials
+
+
+def check_images(study: Study, data: str, seed: int, digest: str) -> None:
+    """Raise `OtherImagesError` where a study's records of a data set and seed are of other images."""
+    for record in study.records():
+        if (record["data"], record["seed"]) == (data, seed) and record["images"] not in (None, digest):
+            raise OtherImagesError(
+                f"--data: {data} is not what the study was made with: images were added, removed or changed, or it is "
+                "another folder of that name; put them back, or use another --out"
+            )
 
 
 def open_cell(grid: Grid, data: str, seed: int) -> ImageSet:

@@ -22,7 +22,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from kadapt_cli.errors import visible
+from kadapt_cli.errors import harmless, visible
 from kadapt_cli.report import (
     COLOURS,
     GRID,
@@ -30,7 +30,6 @@ from kadapt_cli.report import (
     LETTER,
     Point,
     count_label,
-    harmless,
     log_ticks,
     new_table,
     nice_ticks,
