@@ -57,3 +57,15 @@ def test_target_rates_makes_its_tasks_of_disjoint_classes(tmp_path):
         red, green, blue = image.getpixel((0, 0))
     grey = ImageOps.grayscale(Image.new("RGB", (1, 1), (0, int(other[-2:]), 9))).getpixel((0, 0))
     assert red == green == blue == 255 - grey
+
+
+def test_random_selections_are_as_large_as_the_probes():
+    names = [(f"blocks.{block}.{group}", group) for group in ("attn", "mlp") for block in range(6)]
+    chosen = ["blocks.3.mlp", "blocks.0.attn", "blocks.5.attn"]
+    document = {"modules": [{"name": name, "group": group} for name, group in names], "selected": chosen}
+    found = runpy.run_path(str(BENCHMARKS / "probe_tasks.py"))["selections"](document)
+    assert list(found) == ["selection", "complement", "random1", "random2", "random3", "random4", "default"]
+    assert sorted(found["selection"] + found["complement"]) == sorted(name for name, _ in names)
+    for name in ("selection", "random1", "random2", "random3", "random4"):
+        assert sorted(part.split(".")[2] for part in found[name]) == ["attn", "attn", "mlp"]
+    assert len({tuple(sorted(names)) for names in found.values()}) == len(found)

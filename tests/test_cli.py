@@ -194,7 +194,12 @@ def test_merge_refuses_success_when_logits_differ(run_cli, trained, tmp_path, mo
         return state | {"head.bias": state["head.bias"] + 2e-4}, loss
 
     monkeypatch.setattr(merge, "merged_state", wrong)
-    refuse(run_cli("merge-weights", trained, "--out", tmp_path / "merged"), 7, "differ by up to 2.0e-04", "nothing was written")
+    refuse(
+        run_cli("merge-weights", trained, "--out", tmp_path / "merged"),
+        7,
+        "differ by up to 2.0e-04",
+        "nothing was written",
+    )
     assert not (tmp_path / "merged").exists()
 
 
