@@ -72,6 +72,8 @@ def train(tasks: Path, out: Path, documents: dict[tuple[str, int], Row], display
     """Rows of probe_selection.csv."""
     rows: list[Row] = []
     for (task, shots), document in documents.items():
+        if not document["selected"]:
+            continue
         wanted = selections(document)
         methods = {f"kadaptation@{','.join(names)}": what for what, names in wanted.items()}
         base = TrainConfig(shots=shots, epochs=15, batch_size=16)

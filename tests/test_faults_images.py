@@ -219,7 +219,8 @@ def test_images(tmp_path: Path, run: Path, tally: Callable[[str, int], None], qu
     """A file of every kind beside eight good ones: the counts of used and of bad images sum up to all."""
     cases = {"used": [(n, c, None) for n, c, _ in USED], "refused": REFUSED, "aside": ASIDE}[kind]
     failures, done = [], 0
-    for number, (name, content, words) in enumerate(cases[:: 3 if quick else 1]):
+    cases = [case for number, case in enumerate(cases) if not quick or number % 3 == 0 or case[0] == "out.jpg"]
+    for number, (name, content, words) in enumerate(cases):
         folder = fill(tmp_path / str(number), {"a": 4, "b": 4})
         if not put(folder / "a" / name, content):
             continue

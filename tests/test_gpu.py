@@ -1,15 +1,23 @@
-"""On a GPU, by `pytest -m gpu -n 0`: every kernel and the operator, by the cases of the benchmark's first stage."""
+"""On a GPU, by `pytest -m gpu -n 0`: every kernel and the operator, by the cases of the benchmark's first stage; and
+what `--deterministic` promises."""
 
+import signal
 import sys
 from pathlib import Path
 
+import faults
 import pytest
 import torch
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import gpu_correct
+from kadapt_cli import train as training
 from kadapt_cli.bench import timing
+from kadapt_cli.config import TrainConfig
+from kadapt_cli.errors import InterruptedRunError
+from kadapt_cli.progress import Display
 from kadapt_kernels import hadamard
 
 pytestmark = [
@@ -36,3 +44,21 @@ def test_the_transform_is_as_accurate_as_products(length):
     found, products = hadamard(x, backend="triton"), hadamard(x.cpu(), backend="torch").cuda()
     assert (found - answer).norm() <= 2 * (products - answer).norm() + 1e-7 * answer.norm()
     assert torch.equal(found, hadamard(x, backend="triton"))
+
+
+def test_a_deterministic_run_that_was_stopped_ends_with_the_same_bits(tmp_path, monkeypatch):
+    config = TrainConfig(shots=8, epochs=3, batch_size=16, device="cuda", deterministic=True)
+    display, real = Display(Console(stderr=True), quiet=True), training._step
+    training.train(config, tmp_path / "whole", resume=False, display=display)
+
+    def interrupted(session, *rest):
+        real(session, *rest)
+        if session.step == 4:
+            session.stop = signal.SIGINT
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_step", interrupted)
+        with pytest.raises(InterruptedRunError):
+            training.train(config, tmp_path / "run", resume=False, display=display)
+    training.train(config, tmp_path / "run", resume=True, display=display)
+    assert faults.differences(tmp_path / "whole", tmp_path / "run") == []
