@@ -113,17 +113,31 @@ def _say_overhead(fresh: list[Record], processes: Sequence[int], time_s: float, 
 def write(grid: Grid, study: Study, out: Path, m0: float, settings: Record) -> Comparison:
     """Write comparison.csv, .json, .html and .svg from what a study holds of the grid."""
     rows, failures = results(grid, study)
-    notes = dict.fromkeys(f"{row['data']}, seed {row['seed']}: {note}" for row in rows for note in row["notes"])
-    document = summary.document(rows, failures, m0) | {"select": grid.select, "notes": list(notes)}
+    notes = _notes(rows)
+    document = summary.document(rows, failures, m0) | {"select": grid.select, "notes": notes}
     setting: Record = {"kadapt": __version__, "torch": torch.__version__, "seeds": list(grid.seeds)}
     setting |= {key: value for key, value in settings.items() if value is not None}
-    setting |= {"notes": list(notes)} if notes else {}
+    setting |= {"notes": notes} if notes else {}
     out.mkdir(parents=True, exist_ok=True)
     runs.commit(out / CSV, summary.comparison_csv(rows, failures))
     runs.commit(out / JSON, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     runs.commit(out / PAGE, page.page(rows, failures, m0=m0, title="Comparison of adaptation methods", setting=setting))
     runs.commit(out / PICTURE, page.pareto_svg(rows, m0))
     return Comparison(document, summary.show(rows, failures, m0))
+
+
+def _notes(rows: list[Record]) -> list[str]:
+    """What there is to say of the images, once for each data set, with the seeds where it is not true of all."""
+    every: dict[str, set[int]] = {}
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for row in rows:
+        every.setdefault(row["data"], set()).add(row["seed"])
+        for note in row["notes"]:
+            seeds.setdefault((row["data"], note), set()).add(row["seed"])
+    return [
+        f"{data}: {note}" if mine == every[data] else f"{data}, seed {', '.join(map(str, sorted(mine)))}: {note}"
+        for (data, note), mine in seeds.items()
+    ]
 
 
 def results(grid: Grid, study: Study) -> tuple[list[Record], list[Record]]:
