@@ -1,5 +1,6 @@
 """Data: draws are stratified, disjoint and free of file order; images are read rightly once, and bad ones are named."""
 
+import csv
 import hashlib
 import io
 import os
@@ -1085,6 +1086,20 @@ def test_multi_label_samples_are_vectors_of_zeros_and_ones(named: Callable[..., 
         _, labels = next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))
         assert labels.dtype == torch.float32
         assert labels.tolist() == [[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]]
+
+
+def test_the_manifest_gives_back_any_name_and_holds_no_formula(photos: Path) -> None:
+    names = ["a\rb", "line\nbreak", "=1+1", "'=1", "+x", "-x", "@SUM(A1)", '"', "a,b"]
+    for number, name in enumerate(names):
+        (photos / name).mkdir()
+        for copy in range(3):
+            picture = Image.new("RGB", (9, 9), (number, copy, 0))
+            picture.save(photos / name / f"{name}{copy}.png")
+    images = open_images(str(photos))
+    text = manifest_csv(images)
+    assert parse_manifest(text, images.classes) == images.splits
+    cells = [cell for row in csv.reader(io.StringIO(text, newline="")) for cell in row]
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
 
 
 def test_the_manifest_of_a_multi_label_set(named: Callable[..., object], photos: Path) -> None:
