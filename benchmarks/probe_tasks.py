@@ -2,9 +2,9 @@
 
 TASKS is a folder of image sets. Each is probed with kadapt probe-id, 10 epochs of batches of 8, seed 0: attention and
 MLP of each block, or of all blocks together. Then kadaptation is trained for 15 epochs of batches of 16, with its
-default rate, on what the probe selects, on the complement, on random selections of as many attention and MLP modules,
-and on the default q and v; 3 seeds. DIR keeps probes and comparisons, so that the same command goes on; probe.csv and
-probe_selection.csv are made of them anew.
+default rate, on what the probe selects, by either ranking, on the complement of the first, on random selections of as
+many attention and MLP modules as the first, and on the default q and v; 3 seeds. DIR keeps probes and comparisons, so
+that the same command goes on; probe.csv and probe_selection.csv are made of them anew.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from kadapt_cli import compare
 from kadapt_cli.compare.grid import Grid
 from kadapt_cli.config import PROBE_BATCH_SIZE, PROBE_EPOCHS, TrainConfig
 from kadapt_cli.probe import CSV, Plan, probe
+from kadapt_cli.probe.dimension import ranked
 from kadapt_cli.progress import Display, new_console
 
 PROBES: tuple[tuple[str, int, int, Literal["block", "model"]], ...] = (  # task, shots, folds, per
@@ -66,6 +67,9 @@ def selections(document: Row) -> dict[str, list[str]]:
             some += draw.sample(names, sum(name in chosen for name in names))
         if sorted(some) not in map(sorted, found.values()):
             found[f"random{len(found) - 1}"] = some
+    by_full = [module["name"] for module in ranked(document["modules"], "d90_full")][: len(chosen)]
+    if by_full and sorted(by_full) not in map(sorted, found.values()):
+        found["selection by full"] = by_full
     return found | {"default": ["q", "v"]}
 
 

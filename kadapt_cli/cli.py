@@ -449,6 +449,10 @@ def probe_id(
             min=1, max=2**40, help="Select what kadaptation trains with so many parameters.", show_default=False
         ),
     ] = None,
+    rank_by: Annotated[
+        Literal["direct", "full"],
+        typer.Option(help="Select by the dimension for a module's own direct score, or for full fine-tuning's."),
+    ] = "direct",
     metric: Annotated[str | None, _option("metric")] = None,
     img_size: Annotated[int | None, _option("img_size")] = None,
     device: Annotated[Device | None, _option("device")] = None,
@@ -483,6 +487,7 @@ def probe_id(
         folds=folds,
         budget=budget,
         keep=keep,
+        rank_by=rank_by,
     )
     document = worker.probe(plan, out, Display(new_console(stderr=True)))
     if as_json:

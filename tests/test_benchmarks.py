@@ -63,8 +63,20 @@ def test_random_selections_are_as_large_as_the_probes():
     names = [(f"blocks.{block}.{group}", group) for group in ("attn", "mlp") for block in range(6)]
     chosen = ["blocks.3.mlp", "blocks.0.attn", "blocks.5.attn"]
     document = {"modules": [{"name": name, "group": group} for name, group in names], "selected": chosen}
+    for number, module in enumerate(document["modules"]):
+        module |= {"d90_full": number + 1.0, "direct": 0.5}
     found = runpy.run_path(str(BENCHMARKS / "probe_tasks.py"))["selections"](document)
-    assert list(found) == ["selection", "complement", "random1", "random2", "random3", "random4", "default"]
+    assert list(found) == [
+        "selection",
+        "complement",
+        "random1",
+        "random2",
+        "random3",
+        "random4",
+        "selection by full",
+        "default",
+    ]
+    assert found["selection by full"] == ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
     assert sorted(found["selection"] + found["complement"]) == sorted(name for name, _ in names)
     for name in ("selection", "random1", "random2", "random3", "random4"):
         assert sorted(part.split(".")[2] for part in found[name]) == ["attn", "attn", "mlp"]

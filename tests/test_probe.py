@@ -63,16 +63,17 @@ def test_seeds_are_combined_in_the_logarithm():
 
 def test_the_selection_takes_the_lowest_that_the_budget_pays():
     modules = [
-        {"name": "a", "d90": 9.0, "direct": 0.5},
-        {"name": "b", "d90": 4.0, "direct": 0.5},
-        {"name": "c", "d90": None, "direct": 0.9},
-        {"name": "d", "d90": 4.0, "direct": 0.6},
-        {"name": "e", "d90": 50.0, "direct": 0.5},
-        {"name": "f", "d90": 0.0, "direct": 0.9},  # the head alone reaches the target
+        {"name": "a", "d90": 9.0, "d90_full": 90.0, "direct": 0.5},
+        {"name": "b", "d90": 4.0, "d90_full": None, "direct": 0.5},
+        {"name": "c", "d90": None, "d90_full": 7.0, "direct": 0.9},
+        {"name": "d", "d90": 4.0, "d90_full": 200.0, "direct": 0.6},
+        {"name": "e", "d90": 50.0, "d90_full": 60.0, "direct": 0.5},
+        {"name": "f", "d90": 0.0, "d90_full": 0.0, "direct": 0.9},  # the head alone reaches the target
     ]
     price = {"a": 5, "b": 3, "c": 1, "d": 3, "e": 1, "f": 1}
     assert choose(modules, lambda names: sum(price[n] for n in names), 8) == ["d", "b", "e"]
     assert choose(modules, lambda names: 100, 8) == []
+    assert choose(modules, lambda names: sum(price[n] for n in names), 8, "d90_full") == ["c", "e", "a"]
 
 
 class Planted(nn.Module):
@@ -355,6 +356,19 @@ def test_the_selection_keeps_to_its_budget(tasks, tmp_path, monkeypatch):
     monkeypatch.setattr(probe.Prober, "score", score)
     wanted = plan(tasks / "flowers5", groups=("q",), budget=2 * 32**2 + 12 * 32 + 192)  # of one block's q
     assert probe.probe(wanted, tmp_path / "out", Quiet())["selected"] == ["blocks.4.q"]
+
+
+def test_the_selection_by_full_fine_tuning_has_one_target_for_all(tasks, tmp_path, monkeypatch):
+    """blocks.1.q needs more dimensions, but for a higher score: the only one that is near full fine-tuning."""
+    scores = {"full": {"direct": 0.9}, "head": {0: 0.1}, "blocks.1.q": {"direct": 0.9, 4: 0.3, 64: 0.9}}
+
+    def score(self, seed, name, d="direct"):
+        return scores.get(name, {"direct": 0.5, 4: 0.5, 64: 0.5})[d]
+
+    monkeypatch.setattr(probe.Prober, "score", score)
+    wanted = plan(tasks / "flowers5", groups=("q",), keep=1, refine=0)
+    assert probe.probe(wanted, tmp_path / "direct", Quiet())["selected"] == ["blocks.0.q"]
+    assert probe.probe(replace(wanted, rank_by="full"), tmp_path / "full", Quiet())["selected"] == ["blocks.1.q"]
 
 
 def test_a_trial_that_diverges_counts_as_nothing_and_is_said(photos, tmp_path, monkeypatch):

@@ -59,6 +59,7 @@ class Plan:
         folds: Of the cross-validation; 1 takes the data's own validation images.
         keep: Select so many modules of lowest d90; half of those measured when None.
         budget: Select by increasing d90 what kadaptation trains with so many parameters, instead.
+        rank_by: The d90 that selects: of the score of training a module directly, or of full fine-tuning.
     """
 
     base: TrainConfig
@@ -72,6 +73,7 @@ class Plan:
     folds: int = 5
     keep: int | None = None
     budget: int | None = None
+    rank_by: Literal["direct", "full"] = "direct"
 
 
 @dataclass(frozen=True)
@@ -318,6 +320,7 @@ class Prober:
             "said": plan.base.said,
             "threshold": plan.threshold,
             "above": plan.above,
+            "rank_by": plan.rank_by,
             "baseline": means | trials,
             "modules": [self._module(candidate) for candidate in found],
         }
@@ -407,14 +410,15 @@ def chance(images: ImageSet) -> float:
 
 def selection(plan: Plan, backbone: Backbone, modules: Sequence[Record]) -> list[str]:
     """Names of the modules to adapt, by increasing d90; none where the budget pays for none of those that have one."""
+    by = "d90_full" if plan.rank_by == "full" else "d90"
     if plan.budget is None:
-        return [module["name"] for module in ranked(modules)[: plan.keep or (len(modules) + 1) // 2]]
+        return [module["name"] for module in ranked(modules, by)[: plan.keep or (len(modules) + 1) // 2]]
     available = segments(backbone.module)
 
     def cost(names: Sequence[str]) -> int:
         return kadaptation_parameters(select(available, names))
 
-    return choose(modules, cost, plan.budget)
+    return choose(modules, cost, plan.budget, by)
 
 
 def kadaptation_parameters(chosen: Sequence[Segment]) -> int:

@@ -84,18 +84,19 @@ def over_seeds(found: Sequence[Dimension]) -> Dimension:
     return Dimension(mean, min(lows, default=None), max(highs, default=None) if whole else None)
 
 
-def ranked(modules: Iterable[Module]) -> list[Module]:
-    """Those that need some dimensions, the lowest d90 first; of equal ones that with the higher direct score.
+def ranked(modules: Iterable[Module], by: str = "d90") -> list[Module]:
+    """Those that need some dimensions, the lowest first; of equal ones that with the higher direct score.
 
-    A module whose target the head alone reaches (d90 = 0) gains nothing when it is adapted, and is not among them.
+    A module whose target the head alone reaches (0) gains nothing when it is adapted, and is not among them. `by` is
+    "d90", whose target is of a module's own score, or "d90_full", of that of full fine-tuning, the same for all.
     """
-    return sorted((m for m in modules if m["d90"]), key=lambda m: (m["d90"], -m["direct"]))
+    return sorted((m for m in modules if m[by]), key=lambda m: (m[by], -m["direct"]))
 
 
-def choose(modules: Iterable[Module], cost: Callable[[list[str]], int], budget: int) -> list[str]:
-    """Names by increasing d90, each taken if all taken so far still cost at most `budget` with it."""
+def choose(modules: Iterable[Module], cost: Callable[[list[str]], int], budget: int, by: str = "d90") -> list[str]:
+    """Names as `ranked`, each taken if all taken so far still cost at most `budget` with it."""
     taken: list[str] = []
-    for module in ranked(modules):
+    for module in ranked(modules, by):
         if cost([*taken, module["name"]]) <= budget:
             taken.append(module["name"])
     return taken
