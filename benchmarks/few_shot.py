@@ -33,10 +33,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.data import ImageDataset, make_transform, open_images
+from kadapt_cli.data import open_images
 from kadapt_cli.evaluate import logits
 from kadapt_cli.models import load
 from kadapt_cli.progress import Display
+from kadapt_cli.tensors import ImageDataset, make_transform
 from kadapt_cli.train import train
 
 CHOICES_OF_C = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from kadapt_cli import descriptions, metrics, runs
 from kadapt_cli.adapters import Adapted, adapt
 from kadapt_cli.config import TrainConfig, resolve
-from kadapt_cli.data import ImageDataset, ImageSet, Transform, make_transform, open_split, parse_manifest, restore
+from kadapt_cli.data import ImageSet, open_split, parse_manifest, restore
 from kadapt_cli.errors import DataError, MachineError, ModelError, UsageError
 from kadapt_cli.models import Backbone, load
+from kadapt_cli.tensors import ImageDataset, Transform, make_transform
 
 EVALUATION_BATCH = 128
 

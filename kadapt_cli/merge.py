@@ -23,10 +23,11 @@ from torch import Tensor
 
 from kadapt_cli import __version__, runs
 from kadapt_cli.adapters import Adapted, method
-from kadapt_cli.data import ImageDataset, ImageSet, open_images
+from kadapt_cli.data import ImageSet, open_images
 from kadapt_cli.errors import CheckFailedError, DataError, UsageError
 from kadapt_cli.evaluate import Run, load_backbone, logits, open_run, run_images, transform_of
 from kadapt_cli.models import MERGED, classifier_keys, full_model, merged_digest
+from kadapt_cli.tensors import ImageDataset
 
 LARGEST_DIFFERENCE = 1e-4
 CHECKED_IMAGES = 32

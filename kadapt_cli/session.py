@@ -23,11 +23,12 @@ from kadapt_cli import __version__, descriptions, runs
 from kadapt_cli.adapters import Adapted, adapt
 from kadapt_cli.catalog import is_named
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.data import ImageDataset, ImageSet, digest_of, make_transform, open_images
+from kadapt_cli.data import ImageSet, digest_of, open_images
 from kadapt_cli.errors import MachineError, ModelError, UsageError
 from kadapt_cli.evaluate import check_tensors, choose_device, fill, load_backbone, logits, run_images, tensors_of
 from kadapt_cli.models import Backbone, Tail, before_block, first_trained_block
 from kadapt_cli.progress import Display
+from kadapt_cli.tensors import ImageDataset, make_transform
 from kadapt_kernels import why_no_triton
 
 Row = dict[str, Any]

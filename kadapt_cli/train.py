@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from kadapt_cli import descriptions, metrics, report, runs, signals
 from kadapt_cli.adapters import linear
 from kadapt_cli.config import TrainConfig, to_toml
-from kadapt_cli.data import epoch_order, manifest_csv
+from kadapt_cli.data import manifest_csv
 from kadapt_cli.errors import (
     DivergedError,
     InterruptedRunError,
@@ -56,6 +56,7 @@ from kadapt_cli.session import (
     save_state,
     with_absolute_paths,
 )
+from kadapt_cli.tensors import epoch_order
 
 SCHEMA_VERSION = 1
 WORKERS = 4

@@ -143,9 +143,9 @@ def test_merge_weights_loads_in_timm_and_transformers_and_agrees(run_cli, traine
     import timm
     from transformers import AutoModelForImageClassification
 
-    from kadapt_cli.data import make_transform
     from kadapt_cli.evaluate import open_run
     from kadapt_cli.images import read_image
+    from kadapt_cli.tensors import make_transform
 
     code, out, _ = run_cli("merge-weights", trained, "--out", tmp_path / "merged", "--json")
     assert code == 0

@@ -20,13 +20,10 @@ import pytest
 import torch
 from PIL import Image
 
-from kadapt_cli import catalog, data
+from kadapt_cli import catalog, data, tensors
 from kadapt_cli import images as image_files
 from kadapt_cli.data import (
-    ImageDataset,
     ImageSet,
-    epoch_order,
-    make_transform,
     manifest_csv,
     merged,
     open_images,
@@ -36,6 +33,7 @@ from kadapt_cli.data import (
 )
 from kadapt_cli.errors import DataError, KadaptError
 from kadapt_cli.images import read_image
+from kadapt_cli.tensors import ImageDataset, epoch_order, make_transform
 
 CONFIG = {
     "input_size": (3, 32, 32),
@@ -699,7 +697,7 @@ def test_without_augmentation_tensors_are_kept_while_they_fit(photos: Path, monk
     plain = ImageDataset(images, "test", make_transform(CONFIG, augment="none"))
     assert plain[0][0] is plain[0][0]
     assert torch.equal(plain[0][0], make_transform(CONFIG, augment="none")(images.image(plain.samples[0])))
-    monkeypatch.setattr(data, "TENSOR_CACHE_BYTES", 4 * 3 * 32 * 32 * len(plain) - 1)
+    monkeypatch.setattr(tensors, "CACHE_BYTES", 4 * 3 * 32 * 32 * len(plain) - 1)
     full = ImageDataset(images, "test", make_transform(CONFIG, augment="none"))
     assert full[0][0] is not full[0][0]
     augmented = ImageDataset(images, "train", make_transform(CONFIG, augment="light"))
