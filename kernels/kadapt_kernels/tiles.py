@@ -98,11 +98,11 @@ FORWARD: Table = {
             Tile(64, 128, 64, 4, 4, 6, descriptor=True),
             Tile(128, 64, 64, 8, 4, 6, descriptor=True),
             Tile(64, 64, 64, 4, 4, 6, descriptor=True),
-            Tile(128, 128, 64, 8, 3, 6),
+            Tile(128, 128, 64, 8, 3, 6, columns=32),
             Tile(64, 128, 64, 8, 3, 6),
-            Tile(64, 64, 64, 4, 3, 6),
+            Tile(64, 64, 64, 8, 3, 6),
         ),
-        4: (Tile(64, 64, 32, 8, 3),),
+        4: (Tile(64, 64, 32, 8, 3, columns=32), Tile(32, 32, 32, 8, 3)),
     },
     "sm_100": {
         2: (
