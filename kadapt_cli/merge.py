@@ -88,9 +88,11 @@ def _becoming(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rmdir()
         folder.rename(out)
+        folder = out
         runs.sync_folder(out.parent)
-    finally:
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _is_others(pid: int) -> bool:
