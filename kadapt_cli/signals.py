@@ -9,6 +9,7 @@ straight to the file descriptor.
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -57,7 +58,13 @@ def handled(first: Callable[[signal.Signals], object]) -> Iterator[None]:
 
 
 def stop(number: signal.Signals) -> NoReturn:
-    """Raise `Stopped`."""
+    """Raise `Stopped`; in the middle of an import end the process, as libraries of C++ abort when they meet that."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            say("kadapt: interrupted")
+            os._exit(EXIT_CODES[number])
+        frame = frame.f_back
     raise Stopped(number)
 
 

@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -76,3 +77,13 @@ def test_a_handler_can_speak_in_the_middle_of_a_write():
 
     found = faults.forked(action)
     assert (found.code, found.err) == (0, "epoch 1\nsaving\nepoch 2\n")
+
+
+def test_a_signal_in_the_middle_of_an_import_ends_the_process(tmp_path):
+    """A library whose C++ runs while it is imported would abort at an exception: this one takes it for a bug."""
+    (tmp_path / "slow.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\nexcept BaseException:\n    os.abort()\n"
+    )
+    code = "from kadapt_cli import signals; signals.install(signals.stop); import slow"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (143, "kadapt: interrupted\n")
