@@ -1,10 +1,11 @@
 """What probe-id finds on small tasks, and what that is worth: python benchmarks/probe_tasks.py TASKS --out DIR
 
 TASKS is a folder of image sets. Each is probed with kadapt probe-id, 10 epochs of batches of 8, seed 0: attention and
-MLP of each block, or of all blocks together. Then kadaptation is trained for 15 epochs of batches of 16, with its
-default rate, on what the probe selects, by either ranking, on the complement of the first, on random selections of as
-many attention and MLP modules as the first, and on the default q and v; 3 seeds. DIR keeps probes and comparisons, so
-that the same command goes on; probe.csv and probe_selection.csv are made of them anew.
+MLP of each block, or of all blocks together, at the d of DIMS and around the crossing. Then kadaptation is trained for
+15 epochs of batches of 16, with its default rate, on what the probe selects, by either ranking, on the complement of
+the first, on random selections of as many attention and MLP modules as the first, and on the default q and v; 3 seeds.
+DIR keeps probes and comparisons, so that the same command goes on; probe.csv and probe_selection.csv are made of them
+anew.
 """
 
 import argparse
@@ -30,6 +31,7 @@ PROBES: tuple[tuple[str, int, int, Literal["block", "model"]], ...] = (  # task,
     ("wbc_subtypes", 10, 2, "model"),
     ("trashnet", 20, 2, "model"),
 )
+DIMS = tuple(8**k for k in range(1, 6))
 RANDOM = 4  # selections
 SEEDS = (0, 1, 2)
 Row = dict[str, Any]
@@ -45,7 +47,7 @@ def measure(tasks: Path, out: Path, display: Display) -> tuple[list[Row], dict[t
             epochs=PROBE_EPOCHS, batch_size=PROBE_BATCH_SIZE,
         )  # fmt: skip
         place = out / f"{task}-{shots}-{per}"
-        document = probe(Plan(base, per=per, folds=folds), place, display)
+        document = probe(Plan(base, per=per, dims=DIMS, folds=folds), place, display)
         about = {"task": task, "shots": shots, "folds": folds, "images": document["images"]}
         with (place / CSV).open(newline="") as file:
             rows += [about | row for row in csv.DictReader(file)]

@@ -430,7 +430,7 @@ def probe_id(
         Literal["fastfood", "dense", "sparse"], typer.Option(help="How d numbers move the weights.")
     ] = "fastfood",
     said: Annotated[bool, typer.Option("--said", help="A trained factor a tensor (SAID).")] = False,
-    dims: Annotated[str, typer.Option(help="The d to try, comma-separated; auto: 8, 64, 512, … up to D/4.")] = "auto",
+    dims: Annotated[str, typer.Option(help="The d to try, comma-separated; auto: 8, 64, 512, … up to D/16.")] = "auto",
     refine: Annotated[int, typer.Option(min=0, max=64, help="Halvings of the gap in which d90 lies.")] = 2,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="How often all is measured, with seeds 0, 1, …")] = 1,
     folds: Annotated[

@@ -6,13 +6,14 @@ on the hub. timm then builds the model again with these tensors, converting and 
 downloads, strictly. kadapt opens the file itself, so no pickle is ever read.
 """
 
+import copy
 import difflib
 import hashlib
 import json
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -71,6 +72,11 @@ class Segment:
     bias_start: int
 
     @property
+    def full_name(self) -> str:
+        """Its name in the model, as --targets takes it."""
+        return f"blocks.{self.block}.{self.name}"
+
+    @property
     def group(self) -> str:
         """What it belongs to: "attn" for q, k, v and proj, "mlp" for the rest."""
         return "attn" if self.name in _ATTENTION else "mlp"
@@ -94,6 +100,12 @@ class Backbone:
     digest: str
     model_args: dict[str, Any]
     license: str
+
+    def shared(self) -> "Backbone":
+        """A copy whose module can be adapted and moved by itself, and whose tensors are this one's memory."""
+        tensors: dict[int, Tensor] = {id(buffer): buffer.detach() for buffer in self.module.buffers()}
+        tensors |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.module.parameters()}
+        return replace(self, module=copy.deepcopy(self.module, tensors))
 
 
 def load(

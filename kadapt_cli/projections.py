@@ -6,10 +6,10 @@
 
 with z padded by zeros to L. B and Π are shared by the blocks, so that Π H B z is computed once; without Π two columns
 would be permutations of each other. Every entry of a column is then a normal number of its own. It costs D·log₂ L
-additions and stores D + O(L) numbers, where a dense P needs D·d of both. With the moved weight and its gradient,
-training takes 3·D + O(L) numbers beside the frozen model; L is small beside D unless d is near it.
+additions and stores D + 3·L numbers, where a dense P needs D·d of both. Training takes about 2.1·D + 11·L numbers
+beside the frozen model, Adam's among them: G, and either the moved weight of one layer or its gradient (`MovedLinear`).
 
-`Dense` and `Sparse` are the plain alternatives, `Identity` is P = I, which trains the weights directly.
+`Dense` and `Sparse` are the plain alternatives, `Identity` trains the weights directly.
 
 Sources: Le, Sarlós and Smola, "Fastfood", ICML 2013; Li et al., "Measuring the Intrinsic Dimension of Objective
 Landscapes", ICLR 2018; Li, Hastie and Church, "Very Sparse Random Projections", KDD 2006 (the density of `Sparse`).
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kadapt_kernels import hadamard_
 
@@ -46,7 +47,7 @@ class Projection(nn.Module, ABC):
 
     @abstractmethod
     def adjoint(self, g: Tensor) -> Tensor:
-        """Pᵀ g (dims,)."""
+        """Pᵀ g (dims,); what g holds is lost."""
 
 
 class Fastfood(Projection):
@@ -78,15 +79,12 @@ class Fastfood(Projection):
         return hadamard_(self.gauss * mixed).view(-1)[: self.size]
 
     def adjoint(self, g: Tensor) -> Tensor:
-        """Pᵀ g (dims,)."""
+        """Pᵀ g (dims,); g is used as working memory."""
         total = g.new_zeros(self.length)
         rows = max(1, CHUNK // self.length)
-        for index, gauss in enumerate(self.gauss.split(rows)):
-            start = index * rows * self.length
-            part = g.new_zeros(gauss.shape)
-            given = g[start : start + part.numel()]
-            part.view(-1)[: len(given)] = given
-            total += (hadamard_(part) * gauss).sum(0)
+        for gauss, part in zip(self.gauss.split(rows), g.split(rows * self.length), strict=True):
+            part = F.pad(part, (0, gauss.numel() - len(part))) if len(part) < gauss.numel() else part
+            total += hadamard_(part.view(gauss.shape)).mul_(gauss).sum(0)
         unordered = torch.empty_like(total)
         unordered[self.order] = total
         return hadamard_(unordered)[: self.dims] * self.sign[: self.dims]
@@ -157,11 +155,10 @@ class Sparse(Projection):
 
 
 class Identity(Projection):
-    """The `size` entries of z from `start` on."""
+    """P = 1: z is what is added to the weights."""
 
-    def __init__(self, size: int, dims: int, start: int) -> None:
-        super().__init__(size, dims)
-        self.start = start
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size)
 
     @staticmethod
     def stored_bytes(size: int, dims: int) -> int:
@@ -170,29 +167,45 @@ class Identity(Projection):
 
     def multiply(self, z: Tensor) -> Tensor:
         """P z (size,), in fresh memory."""
-        return z[self.start : self.start + self.size].clone()
+        return z.clone()
 
     def adjoint(self, g: Tensor) -> Tensor:
         """Pᵀ g (dims,)."""
-        out = g.new_zeros(self.dims)
-        out[self.start : self.start + self.size] = g
-        return out
+        return g
 
 
-class Moved(torch.autograd.Function):
-    """θ0 + s·P z for a weight θ0 (rows, K) that stays frozen: of the size of θ0 only its result is ever made."""
+class MovedLinear(torch.autograd.Function):
+    """y = x (θ0 + s·P z)ᵀ + b for a weight θ0 (N, K) that stays frozen.
+
+    The moved weight is composed once for y and once more for the gradient of x, and dropped each time before the
+    gradient of the weight is made: at any moment one tensor of the size of θ0 is there, beside what P stores.
+    """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, scale: Tensor, weight: Tensor, projection: Projection) -> Tensor:
-        """The moved weight; scale is a number in a tensor, trained or not."""
-        moved = projection.multiply(z)
+    def forward(
+        ctx: Any, x: Tensor, z: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, projection: Projection
+    ) -> Tensor:
+        """(..., K) to (..., N), in the dtype that autocast gives; scale is a number in a tensor, trained or not."""
+        y = F.linear(x, _moved(z, scale, weight, projection), bias)
         ctx.projection = projection
-        ctx.save_for_backward(z, scale)
-        return moved.mul_(scale).view(weight.shape).add_(weight)
+        ctx.x_dtype = x.dtype
+        ctx.save_for_backward(x.to(y.dtype), z, scale, weight)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of z and of the scale."""
-        z, scale = ctx.saved_tensors
-        back = ctx.projection.adjoint(gradients[0].reshape(-1))
-        return back * scale, (back @ z).view(scale.shape) if ctx.needs_input_grad[1] else None, None, None
+        """The gradients of x, of z and of the scale."""
+        x, z, scale, weight = ctx.saved_tensors
+        dy = gradients[0]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ _moved(z, scale, weight, ctx.projection).to(dy.dtype)).to(ctx.x_dtype)
+        gradient = dy.flatten(0, -2).T @ x.flatten(0, -2)
+        back = ctx.projection.adjoint(gradient.view(-1).to(z.dtype))
+        dscale = (back @ z).view(scale.shape) if ctx.needs_input_grad[2] else None
+        return dx, back.mul_(scale), dscale, None, None, None
+
+
+def _moved(z: Tensor, scale: Tensor, weight: Tensor, projection: Projection) -> Tensor:
+    """θ0 + s·P z: of the size of θ0 only the result is made."""
+    return projection.multiply(z).mul_(scale).view(weight.shape).add_(weight)

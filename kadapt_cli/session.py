@@ -4,7 +4,6 @@ What a step reads is either a constant of the configuration or in the state file
 goes on to the same bits on a CPU.
 """
 
-import copy
 import json
 import math
 import os
@@ -151,7 +150,8 @@ def prepare(
         display: For notes.
         resume: Take the run's own images, and leave its state to `restore`.
         start: Start the head from the training images.
-        material: Images and backbone that are there already; the backbone is copied. Both are opened when None.
+        material: Images and backbone that are there already, whose frozen weights are shared. Both are opened when
+            None.
     """
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -164,8 +164,10 @@ def prepare(
     torch.manual_seed(config.seed)  # for models that draw numbers themselves, such as dropout
     own = material or _open_material(config, out, display, resume)
     features = own.features("train", device, dtype) if start and not resume else None
-    backbone = own.backbone if material is None else copy.deepcopy(own.backbone)
+    backbone = own.backbone if material is None else own.backbone.shared()
     adapted = adapt(backbone, config, len(own.images.classes))
+    if material is not None:
+        _own_trained(adapted, own.backbone)
     config = with_absolute_paths(adapted.config)
     if features is not None:
         adapted.head.start(*features, init=config.head_init, text=text_start(config, own))
@@ -195,6 +197,14 @@ def prepare(
     if start:
         keep_frozen(session)
     return session
+
+
+def _own_trained(adapted: Adapted, backbone: Backbone) -> None:
+    """Give what is trained memory of its own where it is still the backbone's."""
+    shared = {tensor.untyped_storage().data_ptr() for tensor in backbone.module.parameters()}
+    for parameter in adapted.adapter.values():
+        if parameter.untyped_storage().data_ptr() in shared:
+            parameter.data = parameter.data.clone()
 
 
 def _open_material(config: TrainConfig, out: Path | None, display: Display, resume: bool) -> Material:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from kadapt_cli import session as sessions
 from kadapt_cli import train as training
+from kadapt_cli.adapters import METHODS
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import open_images
 from kadapt_cli.models import Tail, before_block, first_trained_block, load
@@ -97,6 +98,23 @@ def test_runs_on_the_same_images_share_what_the_frozen_blocks_compute(monkeypatc
         training.prepare(config.model_copy(update={"targets": targets}), None, quiet(), material=material)
     fronts = [first for first in computed if first is not None]  # the others are features for the head
     assert fronts == [4, 4, 5, 5, 4, 4]  # training and validation images; one block's at a time is kept
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_runs_on_the_same_images_share_the_frozen_weights_and_leave_them_alone(method):
+    """No second model in memory: what is not trained is the material's own memory, before and after a run."""
+    material = sessions.Material(open_images("demo", shots=2, val="none"), load("vit32"))
+    before = {name: tensor.clone() for name, tensor in material.backbone.module.state_dict().items()}
+    own = {p.untyped_storage().data_ptr(): p.numel() for p in material.backbone.module.parameters()}
+    extra = {"projection": "identity"} if method == "subspace" else {}
+    session = training.prepare(TrainConfig(method=method, epochs=1, **extra), None, quiet(), material=material)
+    training.fit(session, quiet())
+    for name, tensor in material.backbone.module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    shared = {p.untyped_storage().data_ptr() for p in session.module.parameters()} & own.keys()
+    trained = sum(p.numel() for p in session.adapted.adapter.values())
+    in_place = method in ("full", "attention", "bitfit", "layernorm")
+    assert sum(own[place] for place in shared) == sum(own.values()) - (trained if in_place else 0)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kadapt_cli import probe, runs, signals
-from kadapt_cli.adapters.subspace import SubspaceLinear
+from kadapt_cli.adapters.subspace import Part, SubspaceLinear
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import folds, open_images
 from kadapt_cli.errors import DivergedError, InterruptedRunError, UsageError
@@ -21,9 +21,9 @@ from kadapt_cli.projections import Fastfood
 
 
 def test_the_grid_is_of_powers_of_eight_up_to_a_quarter():
-    assert grid(255) == [8]
-    assert grid(256) == [8, 64]
-    assert grid(147456) == [8, 64, 512, 4096, 32768]
+    assert grid(1023) == [8]
+    assert grid(1024) == [8, 64]
+    assert grid(147456) == [8, 64, 512, 4096]
     assert grid(3) == [3]
 
 
@@ -99,9 +99,9 @@ class Planted(nn.Module):
         frozen = getattr(self, layer)
         start = (self(self.x) - self.target).square().sum().item()
         z = nn.Parameter(torch.zeros(d))
-        moving = SubspaceLinear(frozen.weight.detach(), None, z)
-        moving.rows, moving.scales, moving.factors = [(0, frozen.out_features)], [1.0], [None]
-        moving.projections.append(Fastfood(frozen.weight.numel(), d, torch.Generator().manual_seed(seed)))
+        moving = SubspaceLinear(frozen.weight.detach(), None)
+        projection = Fastfood(frozen.weight.numel(), d, torch.Generator().manual_seed(seed))
+        moving.add(Part(0, frozen.out_features, z, 1.0, None, projection), "whole")
         setattr(self, layer, moving)
         optimizer = torch.optim.LBFGS([z], max_iter=60, line_search_fn="strong_wolfe")
 
@@ -346,7 +346,7 @@ def test_the_grid_leaves_out_what_cannot_be_stored(monkeypatch):
     (whole,) = probe.candidates(backbone, ("mlp",), "model")  # D = 1,769,472
     dims = {kind: probe._dims(plan("x", dims=None, base={"projection": kind}), whole) for kind in ("dense", "sparse")}
     assert dims == {"dense": [8, 64], "sparse": [8, 64, 512, 4096]}
-    assert probe._dims(plan("x", dims=None), whole) == [8, 64, 512, 4096, 32768, 262144]
+    assert probe._dims(plan("x", dims=None), whole) == [8, 64, 512, 4096, 32768]
 
 
 def test_the_selection_keeps_to_its_budget(tasks, tmp_path, monkeypatch):

@@ -81,7 +81,9 @@ def test_rows_between_targets_stay_and_direct_training_is_plain_training(images)
     weight = plain.blocks[2].attn.qkv.weight.requires_grad_()
     plain(images).square().sum().backward()
     adapted.backbone.module(images).square().sum().backward()
-    torch.testing.assert_close(adapted.adapter["z"].grad.view(192, 192), weight.grad[384:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        adapted.adapter["blocks.2.v.z"].grad.view(192, 192), weight.grad[384:], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,10 @@ def test_rows_between_targets_stay_and_direct_training_is_plain_training(images)
         ({"dims": 36865}, r"--dims: 36865 was given, but the targets have D = 36,864 weights; give at most as many"),
         ({"dims": 5, "projection": "identity"}, r"D = 36,864 weights; leave it out, as --projection identity trains"),
         ({"dims": 1, "said": True}, r"--dims: --said takes one of them for each of 1 tensors; give more than 1"),
+        (
+            {"said": True, "projection": "identity"},
+            r"--said: is for a random projection, but --projection identity was",
+        ),
         ({"dims": 20000, "projection": "dense"}, r"--projection dense: 20,000 columns of 36,864 numbers need 3 GB"),
     ],
 )
@@ -102,7 +108,7 @@ def test_a_seed_is_a_subspace():
     def drawn(seed):
         config = TrainConfig(method="subspace", dims=9, seed=seed)
         found = subspace.pieces(adapted_with(dims=9).segments, config.model_copy(update={"scale": 1.0}))
-        return torch.cat([projection.multiply(torch.ones(9)) for _, projection, _ in found])
+        return torch.cat([projection.multiply(torch.ones(9)) for _, _, projection, _ in found])
 
     assert torch.equal(drawn(3), drawn(3))
     assert not torch.equal(drawn(3), drawn(4))

@@ -172,7 +172,7 @@ def select(available: Sequence[Segment], patterns: Sequence[str]) -> list[Segmen
             raise UsageError(
                 f"--targets: '{pattern[:40]}…' was given; at most {MAX_PATTERN} characters and {MAX_STARS} * can be"
             )
-        matches = [s for s in available if _matches(pattern, s.name, f"blocks.{s.block}.{s.name}")]
+        matches = [s for s in available if _matches(pattern, s.name, s.full_name)]
         if not matches:
             matches = [
                 s for s in available if _matches(pattern, s.group, f"blocks.{s.block}.{s.group}", f"blocks.{s.block}")

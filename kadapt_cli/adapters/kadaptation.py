@@ -74,7 +74,7 @@ class KronLinear(nn.Module):
 
 def tensor_names(segment: Segment, rule: str) -> dict[str, str]:
     """Names of one segment's tensors by role: a, b (factored only), u, v and, where it has one, bias."""
-    here = f"blocks.{segment.block}.{segment.name}"
+    here = segment.full_name
     names = {"a": f"rule.{segment.name}.a", "u": f"{here}.u", "v": f"{here}.v"}
     if rule == "factored":
         names["b"] = f"rule.{segment.name}.b"

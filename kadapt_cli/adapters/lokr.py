@@ -76,7 +76,7 @@ def inject(model: nn.Module, segments: Sequence[Segment], config: TrainConfig) -
         layer.shifts.append(None)
         for role, parameter in own.items():  # registered, so that the module can be moved
             layer.register_parameter(f"{segment.name}_{role}", parameter)
-            parameters[f"blocks.{segment.block}.{segment.name}.{role}"] = parameter
+            parameters[f"{segment.full_name}.{role}"] = parameter
     return parameters
 
 
@@ -86,6 +86,6 @@ def merge(
     """Add s·W1 ⊗ (u vᵀ) to the backbone's float64 state dict, in place."""
     assert config.scale is not None
     for segment in segments:
-        a, u, v = (tensors[f"blocks.{segment.block}.{segment.name}.{role}"].double() for role in "auv")
+        a, u, v = (tensors[f"{segment.full_name}.{role}"].double() for role in "auv")
         delta = kron_delta(KronFactors(a, None, u, v), config.scale)
         state[f"{segment.module}.weight"][segment.start : segment.stop] += delta

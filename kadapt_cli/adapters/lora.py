@@ -80,7 +80,7 @@ def inject(model: nn.Module, segments: Sequence[Segment], config: TrainConfig) -
         layer.rows.append((segment.start, segment.stop))
         layer.a.append(a)
         layer.b.append(b)
-        here = f"blocks.{segment.block}.{segment.name}"
+        here = segment.full_name
         parameters |= {f"{here}.a": a, f"{here}.b": b}
     return parameters
 
@@ -91,6 +91,6 @@ def merge(
     """Add s·B A to the backbone's float64 state dict, in place."""
     assert config.scale is not None
     for segment in segments:
-        here = f"blocks.{segment.block}.{segment.name}"
+        here = segment.full_name
         delta = tensors[f"{here}.b"].double() @ tensors[f"{here}.a"].double()
         state[f"{segment.module}.weight"][segment.start : segment.stop] += config.scale * delta

@@ -8,7 +8,7 @@ directly. c = min(16, √(D/d)): of a gradient, a subspace holds the part √(d/
 training. How c was found stands in benchmarks/README.md. d = 0 trains the head alone.
 
 With --said every segment's part is multiplied by a trained number that starts at one; z then has so many entries fewer.
-With --projection identity the weights are trained directly, as D entries of z.
+With --projection identity the weights are trained directly, by a z of its own for each segment.
 
 This is what `kadapt probe-id` measures intrinsic dimension with, and a way to adapt a model by itself.
 
@@ -17,6 +17,7 @@ Sources: Li et al., "Measuring the Intrinsic Dimension of Objective Landscapes",
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import UsageError
 from kadapt_cli.models import Segment, replace_linear
-from kadapt_cli.projections import Dense, Fastfood, Identity, Moved, Projection, Sparse
+from kadapt_cli.projections import Dense, Fastfood, Identity, MovedLinear, Projection, Sparse
 
 SUMMARY = "a random d-dimensional subspace of the targets' weights"
 FORMULA = "dims"
@@ -40,36 +41,53 @@ RANDOM: dict[str, type[Fastfood] | type[Dense] | type[Sparse]]
 RANDOM = {"fastfood": Fastfood, "dense": Dense, "sparse": Sparse}
 
 
+class Part(NamedTuple):
+    """Rows of a layer that move: by `scale` times the factor times P z."""
+
+    start: int
+    stop: int
+    z: nn.Parameter
+    scale: float
+    factor: nn.Parameter | None
+    projection: Projection
+
+
 class SubspaceLinear(nn.Module):
     """A linear layer of which some row segments move in a subspace; x (..., K) gives (..., N).
 
     Segments that move and rows that do not are multiplied apart, so that gradients are made of the former alone.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, z: nn.Parameter) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.z = z
-        self.rows: list[tuple[int, int]] = []
-        self.scales: list[float] = []
-        self.factors: list[Tensor | None] = []
-        self.projections = nn.ModuleList()
+        self.parts: list[Part] = []
+        self.held = nn.ModuleList()  # the parts' projections, and below their parameters, so that they move with this
+
+    def add(self, part: Part, name: str) -> None:
+        """Let some rows behind those added so far move; the name is of the segment."""
+        self.parts.append(part)
+        self.held.append(part.projection)
+        self.register_parameter(f"{name}_z", part.z)
+        if part.factor is not None:
+            self.register_parameter(f"{name}_factor", part.factor)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts, done = [], 0
-        for (start, stop), scale, factor, projection in zip(
-            self.rows, self.scales, self.factors, self.projections, strict=True
-        ):
+        outputs, done = [], 0
+        for start, stop, z, scale, factor, projection in self.parts:
             if start > done:
-                parts.append((self.weight[done:start], done, start))
-            by = self.z.new_tensor(scale) if factor is None else scale * factor
-            parts.append((Moved.apply(self.z, by, self.weight[start:stop], projection), start, stop))
+                outputs.append(F.linear(x, *self._frozen(done, start)))
+            by = z.new_tensor(scale) if factor is None else scale * factor
+            outputs.append(MovedLinear.apply(x, z, by, *self._frozen(start, stop), projection))
             done = stop
         if done < len(self.weight):
-            parts.append((self.weight[done:], done, len(self.weight)))
-        outputs = [F.linear(x, w, None if self.bias is None else self.bias[a:b]) for w, a, b in parts]
+            outputs.append(F.linear(x, *self._frozen(done, len(self.weight))))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+    def _frozen(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """The frozen weight (stop - start, K) and bias of some rows."""
+        return self.weight[start:stop], None if self.bias is None else self.bias[start:stop]
 
 
 def size(segment: Segment) -> int:
@@ -93,6 +111,8 @@ def resolve(config: TrainConfig, segments: Sequence[Segment]) -> TrainConfig:
             f"--dims: {dims} was given, but the targets have D = {total:,} weights; "
             + ("leave it out, as --projection identity trains all of them" if identity else "give at most as many")
         )
+    if config.said and identity:
+        raise UsageError("--said: is for a random projection, but --projection identity was given; leave one out")
     if config.said and dims <= len(segments):
         raise UsageError(f"--dims: --said takes one of them for each of {len(segments)} tensors; give more than {dims}")
     if not identity and (need := stored_bytes(segments, config.projection, dims)) > MAX_BYTES:
@@ -110,51 +130,41 @@ def stored_bytes(segments: Sequence[Segment], projection: str, dims: int) -> int
     return sum(RANDOM[projection].stored_bytes(size(segment), dims) for segment in segments)
 
 
-def pieces(segments: Sequence[Segment], config: TrainConfig) -> list[tuple[Segment, Projection, float]]:
-    """Each segment's part of P, drawn by the seed, and the scale that makes the columns of all parts that of s·P."""
+def pieces(segments: Sequence[Segment], config: TrainConfig) -> list[tuple[Segment, str, Projection, float]]:
+    """Each segment's part of P, drawn by the seed, the name of its z, and its scale, with which columns are s·P's."""
     dims, scale = config.dims, config.scale
     if dims == 0:
         return []
     assert dims is not None
     assert scale is not None
+    if config.projection == "identity":
+        return [(segment, f"{segment.full_name}.z", Identity(size(segment)), scale) for segment in segments]
     generator = torch.Generator().manual_seed(config.seed)
     total = sum(map(size, segments))
-    width, start = dims - len(segments) * config.said, 0
-    found: list[tuple[Segment, Projection, float]] = []
-    for segment in segments:
-        count = size(segment)
-        if config.projection == "identity":
-            found.append((segment, Identity(count, dims, start), scale))
-            start += count
-            continue
-        found.append((segment, RANDOM[config.projection](count, width, generator), scale * (count / total) ** 0.5))
-    return found
+    draw, width = RANDOM[config.projection], dims - len(segments) * config.said
+    return [
+        (segment, "z", draw(size(segment), width, generator), scale * (size(segment) / total) ** 0.5)
+        for segment in segments
+    ]
 
 
 def inject(model: nn.Module, segments: Sequence[Segment], config: TrainConfig) -> dict[str, nn.Parameter]:
     """Replace the linears that hold the segments by ones that move; the output stays the same at first.
 
     Returns:
-        z, and with SAID a factor a segment, by their names.
+        z, or with the identity one for each segment, and with SAID a factor for each segment, by their names.
     """
-    assert config.dims is not None
-    if config.dims == 0:
-        return {}
-    parameters = {"z": nn.Parameter(torch.zeros(config.dims - len(segments) * config.said))}
-    for segment, projection, scale in sorted(pieces(segments, config), key=lambda piece: piece[0].start):
+    parameters: dict[str, nn.Parameter] = {}
+    for segment, name, projection, scale in sorted(pieces(segments, config), key=lambda piece: piece[0].start):
         layer = model.get_submodule(segment.module)
         if not isinstance(layer, SubspaceLinear):
-            make = lambda weight, bias: SubspaceLinear(weight, bias, parameters["z"])  # noqa: E731
-            layer = replace_linear(model, segment.module, make)
+            layer = replace_linear(model, segment.module, SubspaceLinear)
         assert isinstance(layer, SubspaceLinear)
-        layer.rows.append((segment.start, segment.stop))
-        layer.scales.append(scale)
-        layer.projections.append(projection)
-        layer.factors.append(None)
+        z = parameters.setdefault(name, nn.Parameter(torch.zeros(projection.dims)))
+        factor = None
         if config.said:
-            name = _factor_name(segment)
-            layer.factors[-1] = parameters[name] = nn.Parameter(torch.ones(()))
-            layer.register_parameter(name.replace(".", "_"), parameters[name])
+            factor = parameters[f"{segment.full_name}.factor"] = nn.Parameter(torch.ones(()))
+        layer.add(Part(segment.start, segment.stop, z, scale, factor, projection), segment.name)
     return parameters
 
 
@@ -162,13 +172,9 @@ def merge(
     state: dict[str, Tensor], tensors: Mapping[str, Tensor], segments: Sequence[Segment], config: TrainConfig
 ) -> None:
     """Add s·P z to the backbone's float64 state dict, in place."""
-    for segment, projection, scale in pieces(segments, config):
-        delta = scale * projection.double().multiply(tensors["z"].double())
+    for segment, name, projection, scale in pieces(segments, config):
+        delta = scale * projection.double().multiply(tensors[name].double())
         if config.said:
-            delta *= tensors[_factor_name(segment)].double()
+            delta *= tensors[f"{segment.full_name}.factor"].double()
         rows = state[f"{segment.module}.weight"][segment.start : segment.stop]
         rows += delta.view(rows.shape)
-
-
-def _factor_name(segment: Segment) -> str:
-    return f"blocks.{segment.block}.{segment.name}.factor"

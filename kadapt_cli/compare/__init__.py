@@ -6,7 +6,6 @@ at once. What is finished is in a study, so that a comparison can be stopped, co
 and seeds, and shared between processes.
 """
 
-import copy
 import json
 import multiprocessing
 import os
@@ -171,7 +170,7 @@ def _check(grid: Grid, backbone: Backbone) -> dict[str, str]:
     for name in grid.methods:
         base, targets = variant(name)
         own = grid.base.targets if targets in (None, ("probe",)) else targets
-        adapt(copy.deepcopy(backbone), grid.base.model_copy(update={"method": base, "targets": own}), 2)
+        adapt(backbone.shared(), grid.base.model_copy(update={"method": base, "targets": own}), 2)
     return drawn
 
 

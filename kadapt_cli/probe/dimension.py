@@ -24,8 +24,8 @@ class Dimension(NamedTuple):
 
 
 def grid(size: int) -> list[int]:
-    """8, 64, 512, … up to a quarter of a size D, above which a subspace is hardly one; D itself where D is tiny."""
-    return [FACTOR**k for k in range(1, 32) if 4 * FACTOR**k <= size] or [size]
+    """8, 64, 512, … up to a sixteenth of a size D, where a trial takes up to 3·D numbers; D itself where D is tiny."""
+    return [FACTOR**k for k in range(1, 32) if 16 * FACTOR**k <= size] or [size]
 
 
 def crossing(curve: Curve, target: float) -> Dimension:

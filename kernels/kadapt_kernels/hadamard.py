@@ -13,10 +13,10 @@ numbers stands for a dense Gaussian matrix; the transform itself is classical.
 The PyTorch path takes sides of up to `SIDE`, or one of up to `ONLY_SIDE` where that is all of L, and for a chunk of at
 most `CHUNK` numbers all sides before the next chunk, so that a chunk stays in the cache: D·Σ n multiply-adds for D
 numbers, each read from memory and written once (twice for L > CHUNK). Temporary memory is at most 2 · CHUNK numbers (2
-MiB in fp32) however large x, and never more than x. On one core of an EPYC 2.36 M numbers in fp32 take about 6 ms for L
-of 64 to 2^16 and 9 ms for 2^21. A loop of butterflies (a sum and a difference of strided views for each of the log2 L
-bits, D·log2 L additions in all) takes 3 to 6 times as long, and sides of up to 64 or 128 up to twice as long. The GPU's
-path is in `hadamard_kernel`, with its cost.
+MiB in fp32) however large x, and never more than an eighth of x or one row. On one core of an EPYC 2.36 M numbers in
+fp32 take about 6 ms for L of 64 to 2^16 and 9 ms for 2^21. A loop of butterflies (a sum and a difference of strided
+views for each of the log2 L bits, D·log2 L additions in all) takes 3 to 6 times as long, and sides of up to 64 or 128
+up to twice as long. The GPU's path is in `hadamard_kernel`, with its cost.
 """
 
 from functools import lru_cache
@@ -139,8 +139,9 @@ def _by_products(rows: Tensor) -> None:
         _high_sides(rows)
         rows = rows.view(-1, CHUNK)
     length = rows.shape[1]
-    spare = rows.new_empty(min(rows.numel(), CHUNK))
-    for part in rows.split(CHUNK // length):
+    together = max(1, min(CHUNK, rows.numel() // 8) // length)
+    spare = rows.new_empty(min(rows.numel(), together * length))
+    for part in rows.split(together):
         x = part.view(-1, length, 1)
         found = _along(x, spare[: part.numel()].view(x.shape))
         if found is not x:
