@@ -407,7 +407,7 @@ ROWS = (
         torchvision="OxfordIIITPet", splits={"train": {"split": "trainval"}, "test": {"split": "test"}}),
     BenchmarkSet("patch-camelyon", 2, (262144, 32768, 32768), _arrays, ("a microscope image of {}.",),
         tuple(f"pcam/camelyonpatch_level_2_split_{s}_{part}.h5" for s in ("train", "valid", "test") for part in "xy"),
-        torchvision="PCAM", splits=TRAIN_VAL_TEST, note="over 6 GB; reading it takes h5py, downloading gdown"),
+        torchvision="PCAM", splits=TRAIN_VAL_TEST, note="over 6 GB; reading it takes h5py"),
     BenchmarkSet("rendered-sst2", 2, (6920, 872, 1821), _listed, ("a {} film review.", "a sentence with a {} opinion."),
         ("rendered-sst2",), torchvision="RenderedSST2", splits=TRAIN_VAL_TEST),
     BenchmarkSet("resisc45-clip", 45, (3150, 3150, 25200), _class_folders,

@@ -8,13 +8,9 @@ import contextlib
 import csv
 import difflib
 import hashlib
-import http.client
 import os
 import sys
 import tarfile
-import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -23,11 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
-from rich.progress import Progress
 
 from kadapt_cli.benchmark_sets import ALIASES, SETS, SPLITS, Label, open_tables
+from kadapt_cli.downloads import resumable
 from kadapt_cli.errors import DataError
-from kadapt_cli.progress import new_console
 
 PREFIXES = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
 # torchvision classes with a train and a test part only: timm gives the test part for every other split name.
@@ -161,7 +156,7 @@ def _timm_set(source: str, cache_bytes: int) -> NamedSet:
 def _benchmark_set(name: str, source: str) -> NamedSet:
     """A set of the comparison, in a folder of its name below `data_root`."""
     row, root = SETS[name], data_root() / name
-    with _reaching(name, row.by_hand(root)), resumable_downloads():
+    with _reaching(name, row.by_hand(root)), resumable():
         classes, tables = open_tables(row, root)
     tables = {split: tables[split] for split in SPLITS if len(tables.get(split, ()))}
     counts = {split: (len(tables.get(split, ())), size) for split, size in zip(SPLITS, row.sizes, strict=True)}
@@ -196,102 +191,7 @@ def _reaching(source: str, by_hand: str = "give a folder of images") -> Iterator
         ) from None
 
 
-# --- downloads ---
-
-
-@contextlib.contextmanager
-def resumable_downloads() -> Iterator[None]:
-    """Let torchvision download to FILE.part, go on there after an interruption, and unpack whole or not at all.
-
-    Raises:
-        DataError: A download whose MD5 checksum is not torchvision's.
-        RuntimeError: A file that cannot be fetched; what arrived of it is kept.
-    """
-    from torchvision.datasets import caltech, utils
-
-    fetched: list[str] = []
-    unpack = utils.extract_archive
-    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # no member leaves the folder
-
-    def fetch(url: str, filename: str | Path) -> None:
-        fetched.append(url)
-        _fetch(url, Path(filename))
-
-    def unpack_whole(from_path: Any, to_path: Any = None, remove_finished: bool = False) -> None:
-        target = Path(to_path or Path(from_path).parent)
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target, prefix=".unpacking-") as scratch:
-            unpack(from_path, scratch, remove_finished)
-            _move_into(Path(scratch), target)
-
-    # urllib follows redirects by itself; torchvision's probe would only add a request.
-    mended = {"_urlretrieve": fetch, "_get_redirect_url": lambda url, max_hops=3: url, "extract_archive": unpack_whole}
-    places = [(utils, name) for name in mended] + [(caltech, "extract_archive")]
-    kept = [(module, name, getattr(module, name)) for module, name in places]
-    for module, name in places:
-        setattr(module, name, mended[name])
-    try:
-        yield
-    except RuntimeError as error:
-        if fetched and "File not found or corrupted" in str(error):
-            raise DataError(
-                f"{fetched[-1]}: the MD5 checksum of the download is not the expected one; try again, and fetch it by "
-                "other means if that does not help"
-            ) from None
-        raise
-    finally:
-        for module, name, original in kept:
-            setattr(module, name, original)
-
-
-def _fetch(url: str, file: Path) -> None:
-    """Download a file by way of FILE.part, trying again as long as each try brings more of it."""
-    part = file.with_name(f"{file.name}.part")
-    while True:
-        have = _size(part)
-        try:
-            _go_on(url, part, have)
-            part.replace(file)
-            return
-        except (OSError, http.client.HTTPException) as error:
-            if _size(part) <= have:
-                kept = f"; {_size(part):,} bytes of it are kept" if _size(part) else ""
-                # Not an OSError: torchvision would then try the same address without encryption.
-                raise RuntimeError(f"{url} could not be fetched: {getattr(error, 'reason', error)}{kept}") from None
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
-
-
-def _go_on(url: str, part: Path, have: int) -> None:
-    """One request for what comes after the first `have` bytes; from the start if the server cannot do that."""
-    headers = {"User-Agent": "kadapt"} | ({"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:
-            return  # nothing comes after what is here; the checksum decides whether it is the file
-        raise
-    with response, Progress(console=new_console(stderr=True), transient=True) as progress:
-        have = have if response.status == 206 else 0
-        total = None if response.length is None else have + response.length
-        bar = progress.add_task(url.rsplit("/", 1)[-1], total=total, completed=have)
-        with part.open("ab" if have else "wb") as file:
-            while chunk := response.read(1 << 18):
-                progress.advance(bar, file.write(chunk))
-    if total is not None and _size(part) < total:
-        raise OSError(f"the connection ended after {_size(part):,} of {total:,} bytes")
-
-
-def _move_into(source: Path, target: Path) -> None:
-    """Move what a folder holds into another; a folder that both have is merged, a file is replaced."""
-    for entry in source.iterdir():
-        there = target / entry.name
-        if entry.is_dir() and there.is_dir():
-            _move_into(entry, there)
-        else:
-            entry.replace(there)
+# --- timm's readers ---
 
 
 def _create(source: str, split: str) -> Any:

@@ -11,6 +11,8 @@ import sys
 import tarfile
 import threading
 import types
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kadapt_cli import benchmark_sets, catalog, cli, data
+from kadapt_cli import benchmark_sets, catalog, cli, data, downloads
 from kadapt_cli.benchmark_sets import SETS, SPLITS, derive, kitti_class
 from kadapt_cli.errors import DataError
 
@@ -283,13 +285,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     for module in (cifar, flowers102, stl):
         monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
-    monkeypatch.setattr(catalog.urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
     monkeypatch.setenv("KADAPT_DATA", str(tmp_path))
     return tmp_path
 
 
 def no_network(request: Any, timeout: float = 0) -> None:
-    raise catalog.urllib.error.URLError("no network")
+    raise urllib.error.URLError("no network")
 
 
 def make(root: Path, name: str) -> catalog.NamedSet:
@@ -434,7 +436,7 @@ def test_sets_that_must_be_fetched_by_hand_say_so(root: Path, monkeypatch: pytes
             catalog.open_named(name, cache_bytes=1)
 
 
-@pytest.mark.parametrize("name", [name for name, row in SETS.items() if not row.page and name != "patch-camelyon"])
+@pytest.mark.parametrize("name", [name for name, row in SETS.items() if not row.page])
 def test_offline_says_what_could_not_be_fetched_and_where_to_put_it(name: str, root: Path) -> None:
     with pytest.raises(DataError) as caught:
         catalog.open_named(name, cache_bytes=1)
@@ -553,7 +555,7 @@ def server() -> Iterator[Server]:
 def download(server: Server, folder: Path, md5: str | None = None, name: str = "set.bin") -> bytes:
     from torchvision.datasets.utils import download_url
 
-    with catalog.resumable_downloads():
+    with downloads.resumable():
         download_url(f"http://127.0.0.1:{server.server_port}/{name}", str(folder), md5=md5)
     return (folder / name).read_bytes()
 
@@ -581,9 +583,9 @@ def test_a_server_that_is_gone_leaves_what_arrived(server: Server, tmp_path: Pat
     (tmp_path / "set.bin.part").write_bytes(server.content[:1000])
     with (
         pytest.raises(RuntimeError, match=r"/set.bin could not be fetched: .*refused; 1,000 bytes of it are kept"),
-        catalog.resumable_downloads(),
+        downloads.resumable(),
     ):
-        catalog._fetch("http://127.0.0.1:9/set.bin", tmp_path / "set.bin")
+        downloads._fetch("http://127.0.0.1:9/set.bin", tmp_path / "set.bin")
     assert (tmp_path / "set.bin.part").stat().st_size == 1000
 
 
@@ -595,6 +597,78 @@ def test_a_wrong_checksum_is_named_and_mended_by_another_try(server: Server, tmp
     assert download(server, tmp_path, md5_of(right)) == right
 
 
+@pytest.mark.parametrize(("kind", "name"), [("sha256", "SHA-256"), ("md5", "MD5")])
+def test_files_that_torchvision_has_no_checksum_for_are_held_against_ours(
+    kind: str, name: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, server.content = server.content, b"something else"
+    monkeypatch.setitem(downloads.CHECKSUMS, "set.bin", (kind, hashlib.new(kind, right).hexdigest()))
+    with pytest.raises(DataError, match=rf"http://127.0.0.1:\d+/set.bin: the {name} checksum"):
+        download(server, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    server.content = right
+    assert download(server, tmp_path) == right
+
+
+def test_every_file_of_a_downloaded_set_has_a_checksum(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's or ours: no set is read from files that nobody vouches for. Every download is taken as done."""
+    from torchvision.datasets import utils
+
+    fetched: list[str] = []
+    checked: dict[str, bool] = {}
+
+    def whole(file: Any, md5: str | None = None) -> bool:
+        """Missing when first asked for, there after that."""
+        name = Path(file).name
+        is_new = name not in checked
+        checked[name] = checked.get(name, False) or md5 is not None or name in downloads.CHECKSUMS
+        return not is_new
+
+    monkeypatch.setattr(utils, "check_integrity", whole)
+    monkeypatch.setattr(utils, "extract_archive", lambda *given, **options: None)
+    monkeypatch.setattr(downloads, "_fetch", lambda url, file: fetched.append(file.name))
+    monkeypatch.setattr(downloads, "_decompress", lambda archive: None)
+    for name in (name for name, row in SETS.items() if not row.page):
+        before = len(fetched)
+        with pytest.raises(DataError):
+            catalog.open_named(name, cache_bytes=1)
+        assert len(fetched) > before, name
+    assert set(downloads.CHECKSUMS) <= set(fetched)
+    assert [name for name in fetched if not checked[name]] == []
+
+
+def test_patch_camelyon_comes_by_plain_http_and_is_unpacked_whole(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.datasets import PCAM
+
+    pixels = server.content
+    server.content = gzip.compress(pixels)
+    server.cuts = 1
+    files = {part: (f"{part}.h5", "", md5_of(server.content)) for part in ("images", "targets")}
+    monkeypatch.setattr(downloads, "PCAM", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(PCAM, "_FILES", {"test": files})
+    with downloads.resumable():
+        PCAM(str(tmp_path), split="test", download=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "pcam").glob("*.h5")} == {
+        "images.h5": pixels,
+        "targets.h5": pixels,
+    }
+    assert sorted(path.name for path in (tmp_path / "pcam").iterdir() if path.suffix != ".h5") == [
+        "images.h5.gz",
+        "targets.h5.gz",
+    ]
+    assert server.ranges[0] is None
+    assert server.ranges[1].startswith("bytes=")
+
+
+def test_a_gzip_file_that_ends_early_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    write(tmp_path / "x.h5.gz", gzip.compress(np.random.default_rng(0).bytes(100_000))[:-1000])
+    with pytest.raises(EOFError):
+        downloads._decompress(str(tmp_path / "x.h5.gz"))
+    assert not (tmp_path / "x.h5").exists()
+
+
 def test_an_archive_is_unpacked_whole_or_not_at_all_and_joins_what_is_there(tmp_path: Path) -> None:
     from torchvision.datasets import utils
 
@@ -604,7 +678,7 @@ def test_an_archive_is_unpacked_whole_or_not_at_all_and_joins_what_is_there(tmp_
         archive.add(tmp_path / "made", "set/images")
     whole = (tmp_path / "set.tar").read_bytes()
     write(tmp_path / "here/set/labels/c.txt", "c")
-    with catalog.resumable_downloads():
+    with downloads.resumable():
         write(tmp_path / "set.tar", whole[:150_000])
         with pytest.raises(tarfile.ReadError):
             utils.extract_archive(tmp_path / "set.tar", tmp_path / "here")
@@ -620,7 +694,7 @@ def test_torchvision_is_left_as_it_was(server: Server, tmp_path: Path) -> None:
 
     before = (utils._urlretrieve, utils._get_redirect_url, utils.extract_archive)
     server.content = gzip.compress(b"pixels")
-    with catalog.resumable_downloads():
+    with downloads.resumable():
         address = f"http://127.0.0.1:{server.server_port}/images-idx3-ubyte.gz"
         utils.download_and_extract_archive(address, str(tmp_path))
     assert (tmp_path / "images-idx3-ubyte").read_bytes() == b"pixels"
