@@ -38,7 +38,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import confusion_matrix
 
 from kadapt_cli.errors import DataError, DivergedError, UsageError
 
@@ -158,7 +157,7 @@ def evaluate(
         draws[i] = _statistics(outcomes, weights, n_classes)
     values = _statistics(outcomes, np.ones(n, dtype=np.int64), n_classes)
     accuracy, balanced, top5, ece = (_interval(value, draws[:, i]) for i, value in enumerate(values))
-    confusion = np.asarray(confusion_matrix(labels, predicted, labels=range(n_classes)), dtype=np.int64)
+    confusion = np.bincount(n_classes * labels + predicted, minlength=n_classes**2).reshape(n_classes, n_classes)
     per_class = _recalls(confusion, classes, resamples, rng)
     return Metrics(accuracy, balanced, top5 if n_classes > 5 else None, ece, per_class, confusion)
 

@@ -122,14 +122,19 @@ class Trial:
 
     def children(self) -> list[int]:
         """Processes of its group that are still alive, once it has ended."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal():
-                with suppress(OSError):
-                    fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                    if int(fields[2]) == self.pid and fields[0] != "Z":
-                        found.append(int(entry.name))
-        return found
+        return group(self.pid)
+
+
+def group(number: int) -> list[int]:
+    """Processes of a group that are alive."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[2]) == number and fields[0] != "Z":
+                    found.append(int(entry.name))
+    return found
 
 
 def forked(action: Callable[[], Any], limit_s: float = LIMIT_S) -> Outcome:

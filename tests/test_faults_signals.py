@@ -1,5 +1,6 @@
 """SIGINT, SIGTERM and SIGUSR1 in every phase of every command: the exit code, in under 5 s, no process left behind."""
 
+import json
 import os
 import re
 import signal
@@ -156,6 +157,67 @@ def test_a_second_signal_ends_a_save_at_once(tiny, tmp_path, tally):
     assert found.code == 130
     assert "saving; once more to quit at once" in found.err
     assert runs.load_state(out)[1]["step"] == 0
+    tally(ROW, 1)
+
+
+@pytest.fixture
+def two_jobs(tiny, tmp_path):
+    """A comparison with --jobs 2 of which either process has done a cell, and the number of the second."""
+    out, started = tmp_path / "compared", []
+
+    def start(seeds):
+        data = ("--data", tiny.folder / "photos", "--model", f"local-dir:{tiny.folder / 'model'}")
+        options = ("--shots", 3, "--epochs", 20, "--method", "bitfit", "--seeds", seeds, "--jobs", 2, "--out", out)
+        command = [sys.executable, "-m", "kadapt_cli", "compare", *map(str, (*data, *options))]
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, start_new_session=True, **streams)
+        started.append(process)
+        pids = {process.pid}
+        while len(pids) < 2 and process.poll() is None:
+            time.sleep(0.01)
+            pids |= {record["pid"] for record in finals(out)}
+        return process, *(pids - {process.pid})
+
+    yield start, out
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def finals(out):
+    """The final runs that a study holds."""
+    study = out / "study.jsonl"
+    lines = study.read_text().splitlines(keepends=True)[1:] if study.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in records if record["kind"] == "final"]
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_ends_all_processes_of_a_comparison(two_jobs, number, tally):
+    start, out = two_jobs
+    process, _ = start(",".join(map(str, range(100))))
+    process.send_signal(number)
+    began = time.time()
+    error = process.communicate(timeout=30)[1]
+    assert (process.returncode, time.time() - began < 5) == (CODES[number], True), error
+    assert re.search(r"kadapt: stopped: \d+ of 100 cells are done and kept; the same command goes on", error)
+    while time.time() - began < 5 and faults.group(process.pid):  # Python's own helper ends after the last of them
+        time.sleep(0.01)
+    assert faults.group(process.pid) == []
+    assert len(finals(out)) < 100
+    tally(ROW, 1)
+
+
+def test_a_worker_that_is_killed_loses_no_cell(two_jobs, tally):
+    """The first process fills all that is left, and says what happened."""
+    start, out = two_jobs
+    process, second = start(",".join(map(str, range(50))))
+    os.kill(second, signal.SIGKILL)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 5
+    assert "kadapt: a worker ended with exit code -9 (see above); the same command goes on" in error
+    assert len({record["seed"] for record in finals(out)}) == len(finals(out)) == 50
     tally(ROW, 1)
 
 

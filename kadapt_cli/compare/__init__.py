@@ -12,8 +12,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +60,7 @@ def compare(grid: Grid, out: Path, display: Display, *, storage: str | None, job
         out: The folder of the result, and of the study where no storage is given.
         display: For a line a trial.
         storage: As `open_study` takes it.
-        jobs: Worker processes on this machine.
+        jobs: Processes that work on this machine, this one among them.
         m0: M0 of the PE score.
 
     Raises:
@@ -79,12 +79,9 @@ def compare(grid: Grid, out: Path, display: Display, *, storage: str | None, job
     if grid.select == "test-best":
         display.say("WARNING: --select test-best takes the best epoch on the test images: no honest estimate")
     before = len(study.records())
-    processes = [os.getpid()]
     try:
-        if jobs == 1:
+        with _others(grid, out, storage, jobs) as others:
             Worker(grid, study, display, backbone, out).work()
-        else:
-            processes = _work_in_processes(grid, out, storage, jobs)
     except (InterruptedRunError, signals.Stopped) as error:
         done = len(results(grid, study)[0])
         raise InterruptedRunError(
@@ -92,7 +89,7 @@ def compare(grid: Grid, out: Path, display: Display, *, storage: str | None, job
             error.exit_code,
         ) from None
     if storage is None:
-        _say_overhead(study.records()[before:], processes, time.perf_counter() - began, display)
+        _say_overhead(study.records()[before:], [os.getpid(), *others], time.perf_counter() - began, display)
     found = write(grid, study, out, m0, grid.settings(backbone))
     for note in found.document["notes"]:
         display.say(f"note: {note}")
@@ -174,39 +171,44 @@ def _check(grid: Grid, backbone: Backbone) -> dict[str, str]:
     return drawn
 
 
-def _work_in_processes(grid: Grid, out: Path, storage: str | None, jobs: int) -> list[int]:
-    """Start workers, which share the study and the machine's cores, and wait for them; returns their numbers."""
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, torch.get_num_threads() // jobs)
-    workers: list[BaseProcess] = [
-        context.Process(target=_worker, args=(grid, out, storage, threads)) for _ in range(jobs)
-    ]
-    asked: list[signal.Signals] = []
+@contextmanager
+def _others(grid: Grid, out: Path, storage: str | None, jobs: int) -> Iterator[list[int]]:
+    """Start jobs - 1 further workers, which share the study and the machine's cores, and wait for them at the end.
 
-    def stop(number: signal.Signals) -> None:
-        asked.append(number)
+    Gives their process numbers. They are ended when this process stops or fails.
+
+    Raises:
+        MachineError: One of them failed, which it has said.
+    """
+    context = multiprocessing.get_context("spawn")
+    all_threads = torch.get_num_threads()
+    threads = max(1, all_threads // jobs)
+    workers = [context.Process(target=_worker, args=(grid, out, storage, threads)) for _ in range(jobs - 1)]
+    try:
+        for worker in workers:
+            worker.start()
+        torch.set_num_threads(threads)
+        yield [worker.pid or 0 for worker in workers]
+        for worker in workers:
+            worker.join()
+    finally:
+        torch.set_num_threads(all_threads)
         for worker in workers:
             if worker.is_alive():
                 worker.terminate()
-
-    with signals.handled(stop):
         for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    if asked:
-        raise InterruptedRunError("", signals.EXIT_CODES[asked[0]])
+            if worker.pid:
+                worker.join()
     codes = {worker.exitcode for worker in workers} - {0}
     if codes:
         code = codes.pop()
         error = MachineError(f"a worker ended with exit code {code} (see above); the same command goes on")
         error.exit_code = code if code in EXIT_CODES else error.exit_code
         raise error
-    return [worker.pid or 0 for worker in workers]
 
 
 def _worker(grid: Grid, out: Path, storage: str | None, threads: int) -> None:
-    """One worker process; signals reach it through its parent, which ends it by SIGTERM."""
+    """A further worker process; signals reach it through the first, which ends it by SIGTERM."""
     torch.set_num_threads(threads)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
