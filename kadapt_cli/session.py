@@ -81,8 +81,8 @@ class Activations(Dataset[tuple[Tensor, Tensor]]):
 class Session:
     """A training run in memory. `step` counts finished optimizer steps, `epoch` finished epochs.
 
-    `module` maps images to logits. `net` is what training feeds with `train` and `val`: the module, its part behind the
-    frozen blocks whose results are kept, or either in DistributedDataParallel. Without `out` nothing is written.
+    `module` maps images to logits. `net` is what training feeds with `train` and `val`: the module, or its part behind
+    the frozen blocks whose results are kept. Without `out` nothing is written.
     """
 
     config: TrainConfig
@@ -111,6 +111,7 @@ class Session:
     epoch_time_s: float = 0.0
     rank: int = 0  # of this process among `world` that train together
     world: int = 1
+    together: nn.Module | None = None  # whose backward pass averages the gradients of these processes
 
     @property
     def images(self) -> ImageSet:

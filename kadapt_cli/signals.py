@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from kadapt_cli.errors import INTERRUPTED, PREEMPTED, TERMINATED
 
+PYDANTIC = f"{os.sep}pydantic{os.sep}"
 EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGUSR1: PREEMPTED}
 
 
@@ -58,10 +59,13 @@ def handled(first: Callable[[signal.Signals], object]) -> Iterator[None]:
 
 
 def stop(number: signal.Signals) -> NoReturn:
-    """Raise `Stopped`; in the middle of an import end the process, as libraries of C++ abort when they meet that."""
+    """Raise `Stopped`; end the process in the middle of an import, or where pydantic builds a schema.
+
+    Libraries of C++ abort when they meet that exception, and one of Rust takes it for an error of its own.
+    """
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        if frame.f_code.co_filename.startswith("<frozen importlib") or PYDANTIC in frame.f_code.co_filename:
             say("kadapt: interrupted")
             os._exit(EXIT_CODES[number])
         frame = frame.f_back

@@ -4,8 +4,9 @@ The loop is deterministic on a CPU: the order of images, their augmentation and 
 the epoch and the step alone, and everything else that a step reads is in the state file. A run that is killed at any
 moment and resumed ends with the same adapter as one that was not.
 
-Under torchrun every process takes its part of each batch and DistributedDataParallel sums the gradients, so that the
-result is that of one process up to the order of sums; the first process alone writes.
+Under torchrun every process takes its part of each batch, in as small micro-batches as its memory asks for, and
+DistributedDataParallel around the trained tensors sums the gradients once each process has its own: the result is that
+of one process up to the order of sums. The first process alone writes.
 """
 
 import csv
@@ -17,7 +18,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool, display: Display) -> 
             runs.commit(out / runs.MANIFEST, manifest_csv(session.images))
             save_state(session)
         if world > 1:
-            session.net = DistributedDataParallel(session.net)
+            session.together = DistributedDataParallel(_Trained(session.parameters.values()))
         fit(session, display)
         try:
             return _finish(session, display) if rank == 0 else _summary(session)
@@ -253,14 +254,14 @@ def _step(session: Session, images: Tensor, labels: Tensor, batch: int, display:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        if session.world > 1:
-            raise MachineError(f"out of memory with {session.micro} images at a time; give a smaller --micro-batch")
         if session.micro == 1:
             raise MachineError("out of memory with one image at a time; use a smaller --model or --img-size")
         session.micro = math.ceil(min(session.micro, len(labels)) / 2)
         if session.device.type == "cuda":
             torch.cuda.empty_cache()
         display.say(f"out of memory: now {session.micro} images at a time, still {session.config.batch_size} a step")
+    if session.together is not None:
+        session.together().backward()
     session.scaler.unscale_(session.optimizer)
     if _is_watched(session):
         for name, parameter in session.parameters.items():
@@ -273,7 +274,7 @@ def _step(session: Session, images: Tensor, labels: Tensor, batch: int, display:
 
 
 def _gradients(session: Session, images: Tensor, labels: Tensor, batch: int) -> Tensor:
-    """Accumulate the gradient of the mean loss over a batch of so many images in all processes.
+    """Accumulate this process's part of the gradient of the mean loss over a batch of so many images in all.
 
     Returns:
         Of this process's images: the sum of losses, how many were classified right, how many there are; float64.
@@ -281,18 +282,25 @@ def _gradients(session: Session, images: Tensor, labels: Tensor, batch: int) -> 
     session.optimizer.zero_grad(set_to_none=True)
     counts = session.rank < batch  # else the images stand in for an empty share
     sums = torch.zeros_like(session.sums)
-    parts = list(zip(images.split(session.micro), labels.split(session.micro), strict=True))
-    for index, (x, y) in enumerate(parts):
-        net = session.net
-        is_last = index == len(parts) - 1
-        with net.no_sync() if isinstance(net, DistributedDataParallel) and not is_last else nullcontext():
-            with torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
-                values = net(x)
-            loss = loss_sum(values, y) * counts
-            session.scaler.scale(loss * (session.world / batch)).backward()  # DistributedDataParallel takes the mean
+    for x, y in zip(images.split(session.micro), labels.split(session.micro), strict=True):
+        with torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32):
+            values = session.net(x)
+        loss = loss_sum(values, y) * counts
+        session.scaler.scale(loss * (session.world / batch)).backward()  # DistributedDataParallel takes the mean
         right = (values.argmax(1) == y).sum() if y.dim() == 1 else loss.new_zeros(())
         sums += torch.stack([loss.detach(), right * counts, right.new_tensor(len(y) * counts)]).to(sums)
     return sums
+
+
+class _Trained(nn.Module):
+    """The trained tensors; the gradient of the result adds nothing to theirs, so that what they hold is averaged."""
+
+    def __init__(self, tensors: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.tensors = nn.ParameterList(tensors)
+
+    def forward(self) -> Tensor:
+        return torch.stack([0 * tensor.sum() for tensor in self.tensors]).sum()
 
 
 def _is_watched(session: Session) -> bool:
@@ -310,6 +318,9 @@ def _end_epoch(session: Session, display: Display) -> None:
     watched = _is_watched(session)
     if session.world > 1:
         dist.all_reduce(session.sums)
+        micro = torch.tensor(session.micro, device=session.device)
+        dist.all_reduce(micro, dist.ReduceOp.MIN)
+        session.micro = int(micro)  # what the smallest memory takes, as the run folder says
     _check_finite(session)
     loss, right, seen = session.sums.tolist()
     row: Row = {
@@ -328,7 +339,7 @@ def _end_epoch(session: Session, display: Display) -> None:
         session.validating = session.world == 1  # processes that train together go on together
         if session.validating and session.stop:
             signals.stop(session.stop)
-        values, labels = logits(_local(session.net), session.val, session.device, session.dtype)
+        values, labels = logits(session.net, session.val, session.device, session.dtype)
         session.validating = False
         row["val_loss"] = loss_sum(values, labels).item() / len(labels)
         row["val_accuracy"] = metrics.score(session.images.metric, values.numpy(), labels.numpy())
@@ -348,11 +359,6 @@ def _end_epoch(session: Session, display: Display) -> None:
         save_state(session)
         runs.commit(session.out / runs.METRICS, metrics_csv(session.history))
     display.epoch(row, session.config.epochs)
-
-
-def _local(net: nn.Module) -> nn.Module:
-    """The module that this process runs, without its tie to the others."""
-    return net.module if isinstance(net, DistributedDataParallel) else net
 
 
 def metrics_csv(history: list[Row]) -> str:

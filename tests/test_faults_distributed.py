@@ -215,6 +215,49 @@ def test_either_process_is_killed(port, images, alone, tmp_path, tally, quick):
     tally(ROW, 2 if quick else len(cases))
 
 
+def little_memory(most: int) -> Hook:
+    """A hook: no forward pass of so many images, no backward pass of as many as that, ever works."""
+
+    def hook() -> None:
+        real_loss, real_step = train.loss_sum, train._gradients
+
+        def gradients(session, images, labels, batch):  # type: ignore[no-untyped-def]
+            def narrow(module: torch.nn.Module, given: tuple[torch.Tensor]) -> None:
+                if len(given[0]) > most + 1 and torch.is_grad_enabled():
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+
+            handle = session.net.register_forward_pre_hook(narrow)
+            try:
+                return real_step(session, images, labels, batch)
+            finally:
+                handle.remove()
+
+        def loss_sum(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            if values.requires_grad and len(values) == most + 1:
+                values.register_hook(exhausted)
+            return real_loss(values, labels)
+
+        train.loss_sum, train._gradients = loss_sum, gradients  # type: ignore[assignment]
+
+    return hook
+
+
+def exhausted(gradient: torch.Tensor) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_memory_that_runs_out_in_one_halves_its_micro_batch(rank, images, port, alone, tmp_path, tally):
+    """In the forward or the backward pass; the other waits, the effective batch stays, the run folder says so."""
+    out = tmp_path / "run"
+    found = [trial.wait() for trial in together(port, start(images, out), {rank: little_memory(1)})]
+    assert [outcome.code for outcome in found] == [0, 0], found
+    assert not differs(out, alone)
+    assert json.loads((out / runs.RESULT).read_text())["micro_batch"] == 1
+    assert ("out of memory: now 1 images at a time" in found[0].err) == (rank == 0)
+    tally(ROW, 1)
+
+
 def test_the_second_process_writes_nothing(port, images, tmp_path, tally):
     said = at(runs, "commit", 1, lambda: os.write(2, b"committed"))
     found = [trial.wait() for trial in together(port, start(images, tmp_path / "run"), {0: said, 1: said})]

@@ -245,3 +245,30 @@ def test_signals_while_the_program_is_imported(number, tally):
             wrong[delay] = process.returncode, error[-500:]
     assert not wrong
     tally(ROW, len(delays))
+
+
+BUILDING = """
+import os
+from pydantic._internal import _generate_schema
+from kadapt_cli import signals
+from kadapt_cli.config import TrainConfig
+
+real = _generate_schema.GenerateSchema.generate_schema
+
+def interrupted(self, *given, **options):
+    os.kill(os.getpid(), {number})
+    return real(self, *given, **options)
+
+_generate_schema.GenerateSchema.generate_schema = interrupted
+signals.install(signals.stop)
+TrainConfig()
+"""
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_signals_while_the_configuration_is_prepared(number, tally):
+    """Below code of Rust, which makes errors of its own of what a handler raises."""
+    script = BUILDING.format(number=int(number))
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (CODES[number], "kadapt: interrupted\n")
+    tally(ROW, 1)
