@@ -64,9 +64,9 @@ class BenchmarkSet:
 
     ``sizes`` are the images of train, val and test (0: the set has no such split). ``needs`` are the paths that must
     lie in the set's folder, "a|b" being either. ``splits`` gives the arguments of the ``torchvision`` class for each
-    split. A set with ``derived`` has no usable split: these are the sizes to draw, of the whole set or, with
-    ``per_class``, of each class; None is the rest. ``page`` is where a set that must be fetched by hand comes from, and
-    ``hf`` the Hugging Face data set that is read when it was not.
+    split; ``archive`` is an address and an MD5 that stand in for it. A set with ``derived`` has no usable split: these
+    are the sizes to draw, of the whole set or, with ``per_class``, of each class; None is the rest. ``page`` is where a
+    set that must be fetched by hand comes from, and ``hf`` the Hugging Face data set that is read when it was not.
     """
 
     name: str
@@ -84,6 +84,7 @@ class BenchmarkSet:
     squash: bool = False
     page: str = ""
     hf: str = ""
+    archive: tuple[str, str] | None = None
     note: str = ""
 
     @property
@@ -109,8 +110,8 @@ def open_tables(row: BenchmarkSet, root: Path) -> Opened:
             split other than the one kept in `root`.
     """
     if row.is_present(root) or not row.page:
-        for split in row.splits if not row.is_present(root) else ():
-            _torchvision(row, root, split, download=True)
+        if not row.is_present(root):
+            _download(row, root)
         classes, tables = row.read(row, root)
     elif row.hf:
         classes, tables = _hugging_face(row, root)
@@ -118,6 +119,16 @@ def open_tables(row: BenchmarkSet, root: Path) -> Opened:
         raise DataError(f"{row.name}: cannot be downloaded by a program; {row.by_hand(root)}")
     _expect_classes(row, root, len(classes) if tables["train"].labels else 0)
     return classes, tables
+
+
+def _download(row: BenchmarkSet, root: Path) -> None:
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    for split in row.splits:
+        _torchvision(row, root, split, download=True)
+    if row.archive is not None:
+        url, md5 = row.archive
+        download_and_extract_archive(url, str(root), md5=md5)
 
 
 def _expect_classes(row: BenchmarkSet, root: Path, found: int) -> None:
@@ -263,6 +274,25 @@ def _arrays(row: BenchmarkSet, root: Path) -> Opened:
     return _named(row, getattr(parts["train"], "classes", ())), tables
 
 
+def _cifar(row: BenchmarkSet, root: Path) -> Opened:
+    """The binary version, as torchvision's is made of pickles: the file of names, those of train, that of test.
+
+    A record is the label, of CIFAR-100 the coarse one and the label, and a picture's planes of 32 x 32 bytes.
+    """
+    names, *train, test = (root / need for need in row.needs)
+    size = (1 if row.classes == 10 else 2) + 3 * 32 * 32
+    tables = {}
+    for split, files in (("train", train), ("test", [test])):
+        records = np.concatenate([np.fromfile(file, np.uint8).reshape(-1, size) for file in files])
+        planes = records[:, -3 * 32 * 32 :].reshape(-1, 3, 32, 32)
+        tables[split] = Table([int(label) for label in records[:, -3 * 32 * 32 - 1]], planes, _of_planes)
+    return _named(row, names.read_text().split()), tables
+
+
+def _of_planes(planes: Any) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+
+
 def _labels(dataset: Any) -> Any:
     if hasattr(dataset, "h5py"):  # PatchCamelyon, whose labels are a file beside the pictures, of shape (n, 1, 1, 1)
         with dataset.h5py.File(dataset._base_folder / dataset._FILES[dataset._split]["targets"][0]) as file:
@@ -363,6 +393,8 @@ TRAIN_VAL_TEST = {split: {"split": split} for split in SPLITS}
 TRAIN_FLAG = {"train": {"train": True}, "test": {"train": False}}
 PHOTO = ("a photo of a {}.", "a picture of the {}.", "a close view of a {}.")
 IDX = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+CIFAR_10 = ("batches.meta.txt", *(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
+CIFAR_100 = ("fine_label_names.txt", "train.bin", "test.bin")
 CARS = "cars_test_annos_withlabels.mat"
 MAIN = "VOCdevkit/VOC2007/ImageSets/Main"
 
@@ -370,10 +402,12 @@ ROWS = (
     BenchmarkSet("caltech-101", 102, (3060, 0, 6084), _class_folders, PHOTO, ("caltech101/101_ObjectCategories",),
         "mean-per-class", torchvision="Caltech101", splits={"train": {}}, derived=(30, 0, None), per_class=True,
         note="102 classes with the background; own split of 30 training images a class"),
-    BenchmarkSet("cifar-10", 10, (50000, 0, 10000), _arrays, ("a small blurry photo of a {}.", "a tiny {}."),
-        ("cifar-10-batches-py",), benchmarks=BOTH, torchvision="CIFAR10", splits=TRAIN_FLAG),
-    BenchmarkSet("cifar-100", 100, (50000, 0, 10000), _arrays, ("a small blurry photo of a {}.", "a tiny {}."),
-        ("cifar-100-python",), benchmarks=BOTH, torchvision="CIFAR100", splits=TRAIN_FLAG),
+    BenchmarkSet("cifar-10", 10, (50000, 0, 10000), _cifar, ("a small blurry photo of a {}.", "a tiny {}."),
+        tuple(f"cifar-10-batches-bin/{file}" for file in CIFAR_10), benchmarks=BOTH,
+        archive=("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530")),
+    BenchmarkSet("cifar-100", 100, (50000, 0, 10000), _cifar, ("a small blurry photo of a {}.", "a tiny {}."),
+        tuple(f"cifar-100-binary/{file}" for file in CIFAR_100), benchmarks=BOTH,
+        archive=("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8")),
     BenchmarkSet("country211", 211, (31650, 10550, 21100), _listed, ("a photo taken in {}.", "a place in {}."),
         ("country211",), torchvision="Country211", splits=TRAIN_VAL_TEST | {"val": {"split": "valid"}}, note="11 GB"),
     BenchmarkSet("dtd", 47, (1880, 1880, 1880), _listed, ("a photo of a {} texture.", "a {} surface."), ("dtd/dtd",),
@@ -429,4 +463,5 @@ ROWS = (
         benchmarks=("full-shot",), torchvision="STL10", splits=TRAIN_TEST),
 )  # fmt: skip
 SETS = {row.name: row for row in ROWS}
-ALIASES = {"eurosat": "eurosat-clip", "resisc45": "resisc45-clip", "cifar10": "cifar-10", "cifar100": "cifar-100"}
+ALIASES = {"eurosat": "eurosat-clip", "resisc45": "resisc45-clip"}
+ALIASES |= {f"{prefix}cifar{number}": f"cifar-{number}" for prefix in ("", "torch/") for number in (10, 100)}

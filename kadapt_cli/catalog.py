@@ -26,7 +26,7 @@ from kadapt_cli.errors import DataError
 
 PREFIXES = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
 # torchvision classes with a train and a test part only: timm gives the test part for every other split name.
-TRAIN_AND_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+TRAIN_AND_TEST = ("mnist", "kmnist", "fashion_mnist", "qmnist")
 # What timm's readers, torchvision and their download code raise when a set cannot be had.
 UNREACHABLE = (OSError, RuntimeError, ValueError, AssertionError, KeyError)
 DAMAGED = (IndexError, EOFError, csv.Error, zipfile.BadZipFile, tarfile.TarError, zlib.error)  # files of a known layout
@@ -88,7 +88,7 @@ def open_named(source: str, *, cache_bytes: int) -> NamedSet:
 
     Args:
         source: "demo", a set of the comparison ("oxford-iiit-pets"), or a timm name with its prefix, such as
-            "torch/cifar10" or "hfds/beans".
+            "torch/kmnist" or "hfds/beans".
         cache_bytes: Upper limit for the pictures of a streamed set (hfids, wds, tfds), which has to fit in memory.
 
     Raises:

@@ -911,8 +911,8 @@ def test_a_set_that_cannot_be_had_says_what_to_do(tmp_path: Path, monkeypatch: p
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")
     monkeypatch.setattr(urllib.request, "_opener", None)  # urllib keeps the proxies of its first request for good
-    message = refused(lambda: open_images("torch/cifar10"))
-    assert message.startswith(f"torch/cifar10: could not be opened under {tmp_path} (")
+    message = refused(lambda: open_images("torch/kmnist"))
+    assert message.startswith(f"torch/kmnist: could not be opened under {tmp_path} (")
     assert "set KADAPT_DATA" in message
     assert "Unknown torchvision dataset nonsense" in refused(lambda: open_images("torch/nonsense"))
     assert "given by its own path" in refused(lambda: open_images("torch/image_folder"))
