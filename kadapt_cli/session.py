@@ -25,8 +25,9 @@ from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import ImageSet, digest_of, open_images
 from kadapt_cli.errors import MachineError, ModelError, UsageError
 from kadapt_cli.evaluate import check_tensors, choose_device, fill, load_backbone, logits, run_images, tensors_of
-from kadapt_cli.models import Backbone, Tail, before_block, first_trained_block
+from kadapt_cli.models import Backbone
 from kadapt_cli.progress import Display
+from kadapt_cli.surgery import Tail, before_block, first_trained_block
 from kadapt_cli.tensors import ImageDataset, make_transform
 from kadapt_kernels import why_no_triton
 

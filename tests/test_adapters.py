@@ -13,7 +13,8 @@ from kadapt_cli.adapters import Head, adapt, kadaptation, select
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import UsageError
 from kadapt_cli.merge import merged_state
-from kadapt_cli.models import full_model, load, segments
+from kadapt_cli.models import full_model, load
+from kadapt_cli.surgery import segments
 from kadapt_kernels import ops
 
 # name, image size (small where the model is large), adapter parameters

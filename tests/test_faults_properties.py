@@ -14,7 +14,7 @@ from kadapt_cli.adapters import select
 from kadapt_cli.config import MAX_NAME, TrainConfig, read_toml, resolve, to_toml
 from kadapt_cli.data import FOLDERS, Sample, _divide
 from kadapt_cli.errors import DataError, UsageError
-from kadapt_cli.models import Segment
+from kadapt_cli.surgery import Segment
 
 pytestmark = pytest.mark.faults
 ROW = "properties (hypothesis)"

@@ -11,8 +11,9 @@ from kadapt_cli import train as training
 from kadapt_cli.adapters import METHODS
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import open_images
-from kadapt_cli.models import Tail, before_block, first_trained_block, load
+from kadapt_cli.models import load
 from kadapt_cli.progress import Display
+from kadapt_cli.surgery import Tail, before_block, first_trained_block
 
 # A fused qkv, rotary embeddings, a relative position bias, a CLIP tower, attention pooling.
 MODELS = [

@@ -15,7 +15,8 @@ from kadapt_cli.adapters.compacter import KronBottleneck
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import UsageError
 from kadapt_cli.merge import merged_state
-from kadapt_cli.models import Backbone, full_model, load, segments
+from kadapt_cli.models import Backbone, full_model, load
+from kadapt_cli.surgery import segments
 
 METHODS_HERE = ("lora", "lokr", "adapter", "compacter")
 CLIP = "vit_base_patch32_clip_quickgelu_224"

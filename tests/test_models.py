@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kadapt_cli import models, runs
+from kadapt_cli import models, runs, surgery
 from kadapt_cli.errors import ModelError
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -65,7 +65,7 @@ class Case:
     images: Tensor
     before: Tensor  # features before anything was replaced
     state: dict[str, Tensor]  # the state dict before anything was replaced
-    segments: list[models.Segment]
+    segments: list[surgery.Segment]
     layers: dict[str, Shifted]  # by module path, in place of every layer that has a segment
     expected: tuple[int, int, int]  # feature width, attention width, blocks
 
@@ -92,9 +92,9 @@ def case(request: pytest.FixtureRequest) -> Case:
     with torch.inference_mode():
         before = backbone.module(images)
     state = backbone.module.state_dict()
-    found = models.segments(backbone.module)
+    found = surgery.segments(backbone.module)
     paths = {segment.module for segment in found}
-    layers = {path: models.replace_linear(backbone.module, path, Shifted) for path in paths}
+    layers = {path: surgery.replace_linear(backbone.module, path, Shifted) for path in paths}
     return Case(backbone, images, before, state, found, layers, tuple(expected))
 
 
@@ -173,7 +173,7 @@ def test_plain_setattr_would_be_a_silent_no_op_in_eva_and_beit(name: str) -> Non
     assert torch.equal(model(images), before)
     assert attention.qkv.calls == 0
     attention.qkv = linear
-    models.replace_linear(model, "blocks.0.attn.qkv", Shifted)
+    surgery.replace_linear(model, "blocks.0.attn.qkv", Shifted)
     torch.testing.assert_close(model(images), before, rtol=1e-5, atol=1e-5)
     assert attention.qkv.calls == 1
     assert not {"blocks.0.attn.q_bias", "blocks.0.attn.v_bias"} & model.state_dict().keys()
@@ -181,7 +181,7 @@ def test_plain_setattr_would_be_a_silent_no_op_in_eva_and_beit(name: str) -> Non
 
 def test_separate_and_grouped_projections_are_segments_of_their_own() -> None:
     separate = timm.create_model("eva02_tiny_patch14_224", qkv_fused=False, depth=1, num_classes=0).eval()
-    found = {s.name: s for s in models.segments(separate)[:3]}
+    found = {s.name: s for s in surgery.segments(separate)[:3]}
     assert [s.module for s in found.values()] == [f"blocks.0.attn.{n}_proj" for n in "qkv"]
     assert [s.bias for s in found.values()] == ["blocks.0.attn.q_proj.bias", None, "blocks.0.attn.v_proj.bias"]
     assert {(s.start, s.stop, s.in_features) for s in found.values()} == {(0, 192, 192)}
@@ -195,7 +195,7 @@ def test_separate_and_grouped_projections_are_segments_of_their_own() -> None:
         num_classes=0,
         qkv_bias=True,
     ).eval()
-    found = {s.name: s for s in models.segments(grouped)[:3]}
+    found = {s.name: s for s in surgery.segments(grouped)[:3]}
     assert {name: (s.stop, s.in_features, s.bias) for name, s in found.items()} == {
         "q": (384, 384, "blocks.0.attn.q_proj.bias"),
         "k": (128, 384, "blocks.0.attn.k_proj.bias"),
@@ -204,7 +204,7 @@ def test_separate_and_grouped_projections_are_segments_of_their_own() -> None:
     randomise(grouped)
     images = torch.randn(1, 3, 64, 64)
     before = grouped(images)
-    layer = models.replace_linear(grouped, found["v"].module, Shifted)
+    layer = surgery.replace_linear(grouped, found["v"].module, Shifted)
     torch.testing.assert_close(grouped(images), before, rtol=1e-5, atol=1e-5)
     layer.shift = 0.1 * torch.ones(128, 384)
     assert not torch.allclose(grouped(images), before, rtol=1e-3)
@@ -213,7 +213,7 @@ def test_separate_and_grouped_projections_are_segments_of_their_own() -> None:
 def test_a_swiglu_mlp_has_three_segments() -> None:
     model = timm.create_model("eva02_base_patch14_224", depth=1, num_classes=0)
     assert [
-        (s.name, s.group, s.module, s.start, s.stop, s.in_features, s.bias) for s in models.segments(model)[3:]
+        (s.name, s.group, s.module, s.start, s.stop, s.in_features, s.bias) for s in surgery.segments(model)[3:]
     ] == [
         ("proj", "attn", "blocks.0.attn.proj", 0, 768, 768, "blocks.0.attn.proj.bias"),
         ("fc1_g", "mlp", "blocks.0.mlp.fc1_g", 0, 2048, 768, "blocks.0.mlp.fc1_g.bias"),
@@ -232,10 +232,10 @@ def test_what_is_no_plain_linear_is_left_out() -> None:
     module.blocks[1].mlp.fc1 = Quantized(192, 768)
     module.blocks[1].mlp.inner = nn.Sequential(nn.Linear(768, 768))
     del module.blocks[2].mlp
-    found = [s for s in models.segments(module) if s.name not in "qkv"]
+    found = [s for s in surgery.segments(module) if s.name not in "qkv"]
     assert [(s.block, s.name) for s in found] == [(0, "fc1"), (0, "fc2"), (1, "proj"), (1, "fc2"), (2, "proj")]
     assert [s.bias for s in found[:3]] == ["blocks.0.mlp.fc1.bias", None, "blocks.1.attn.proj.bias"]
-    assert models.block_widths(module) == {0: 192, 1: 192, 2: 192}
+    assert surgery.block_widths(module) == {0: 192, 1: 192, 2: 192}
 
 
 @pytest.mark.parametrize(
@@ -599,7 +599,7 @@ def test_what_the_hub_answers_is_said_at_once(
 )
 def test_replace_linear_refuses_what_is_no_linear_layer(path: str, message: str) -> None:
     with pytest.raises(ModelError, match=f"^vit_tiny_patch16_224: .*{message}"):
-        models.replace_linear(models.load("vit32").module, path, Shifted)
+        surgery.replace_linear(models.load("vit32").module, path, Shifted)
 
 
 def test_replace_linear_refuses_a_bias_it_does_not_understand() -> None:
@@ -607,7 +607,7 @@ def test_replace_linear_refuses_a_bias_it_does_not_understand() -> None:
     parent.qkv = nn.Linear(4, 12, bias=False)
     parent.qkv_bias = nn.Parameter(torch.zeros(12))
     with pytest.raises(ModelError, match="'qkv' may get its bias from qkv_bias"):
-        models.replace_linear(parent, "qkv", Shifted)
+        surgery.replace_linear(parent, "qkv", Shifted)
     assert type(parent.qkv) is nn.Linear
 
 
@@ -616,33 +616,33 @@ def test_replace_linear_takes_other_layers_and_refuses_a_second_time() -> None:
     images = torch.randn(1, 3, 32, 32)
     before = module(images)
     for path in ("blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"):
-        layer = models.replace_linear(module, path, Shifted)
+        layer = surgery.replace_linear(module, path, Shifted)
         assert module.get_submodule(path) is layer
     torch.testing.assert_close(module(images), before, rtol=1e-5, atol=1e-5)
     with pytest.raises(ModelError, match="is a Shifted, not a plain Linear"):
-        models.replace_linear(module, "blocks.0.attn.proj", Shifted)
+        surgery.replace_linear(module, "blocks.0.attn.proj", Shifted)
 
 
 def test_segments_refuses_what_has_no_attention_it_knows() -> None:
     with pytest.raises(ModelError, match=r"^resnet18: has no list of transformer blocks") as caught:
-        models.segments(models.load("resnet18", pretrained=False).module)
+        surgery.segments(models.load("resnet18", pretrained=False).module)
     assert caught.value.exit_code == 4
     mixer = timm.create_model("mixer_s32_224")
     with pytest.raises(ModelError, match=r"^mixer_s32_224: block 0 has no attention with a linear qkv"):
-        models.segments(mixer)
+        surgery.segments(mixer)
     odd = nn.Module()
     odd.blocks = nn.Linear(2, 2)
     with pytest.raises(ModelError, match=r"^Module: has no list of transformer blocks"):
-        models.segments(odd)
+        surgery.segments(odd)
     odd.blocks = nn.ModuleList([nn.Module()])
     odd.blocks[0].attn = nn.Module()
     odd.blocks[0].attn.qkv = nn.Linear(6, 20)  # grouped keys and values: not three equal parts
     with pytest.raises(ModelError, match=r"^Module: block 0 has no attention"):
-        models.segments(odd)
+        surgery.segments(odd)
     half = timm.create_model("eva02_tiny_patch14_224", qkv_fused=False, depth=1)
     half.blocks[0].attn.k_proj = nn.Identity()
     with pytest.raises(ModelError, match="block 0 has no attention"):
-        models.segments(half)
+        surgery.segments(half)
 
 
 def test_a_model_with_two_classifiers_has_no_classifier_keys() -> None:

@@ -44,7 +44,8 @@ from kadapt_cli.adapters import (
 )
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import UsageError
-from kadapt_cli.models import Backbone, Segment, segments
+from kadapt_cli.models import Backbone
+from kadapt_cli.surgery import Segment, segments
 
 METHODS: dict[str, ModuleType] = {
     "kadaptation": kadaptation,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import ModelError
-from kadapt_cli.models import Segment, block_widths
+from kadapt_cli.surgery import Segment, block_widths
 
 SUMMARY = "a bottleneck with a ReLU after the MLP of every block"
 FORMULA = "L·(2·d·w + 3·d + w)"

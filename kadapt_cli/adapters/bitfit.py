@@ -16,7 +16,7 @@ from torch import nn
 
 from kadapt_cli.adapters.full import merge, resolve, train_existing
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.models import Segment
+from kadapt_cli.surgery import Segment
 
 __all__ = ["FORMULA", "LR", "OPTIONS", "SUMMARY", "UNMERGED", "inject", "merge", "resolve"]
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from kadapt_cli.adapters.adapter import after_mlp
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import UsageError
-from kadapt_cli.models import Segment
+from kadapt_cli.surgery import Segment
 
 SUMMARY = "a bottleneck of Kronecker products after the MLP of every block, rules shared by all"
 FORMULA = "64 + L·(5·d + 3·w)"

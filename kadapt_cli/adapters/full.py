@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.models import Segment
+from kadapt_cli.surgery import Segment
 
 SUMMARY = "every weight of the backbone"
 FORMULA = "all"

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import UsageError
-from kadapt_cli.models import Segment, replace_linear
+from kadapt_cli.surgery import Segment, replace_linear
 from kadapt_kernels import FUSED_RANK, KronFactors, divisors, kron_delta, kron_linear
 
 SUMMARY = "Kronecker updates A ⊗ (u vᵀ) on q and v, A shared by all blocks, and a bias a block"

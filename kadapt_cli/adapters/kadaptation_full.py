@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from kadapt_cli.adapters import kadaptation
 from kadapt_cli.adapters.kadaptation import inject, merge
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.models import Segment
+from kadapt_cli.surgery import Segment
 
 __all__ = ["FORMULA", "LR", "OPTIONS", "SUMMARY", "UNMERGED", "inject", "merge", "resolve"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.models import Segment
+from kadapt_cli.surgery import Segment
 
 SUMMARY = "the head alone, solved for exactly by L-BFGS"
 FORMULA = "0"

@@ -20,7 +20,7 @@ from kadapt_cli.adapters import lora
 from kadapt_cli.adapters.kadaptation import KronLinear
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import UsageError
-from kadapt_cli.models import Segment, replace_linear
+from kadapt_cli.surgery import Segment, replace_linear
 from kadapt_kernels import KronFactors, divisors, kron_delta
 
 SUMMARY = "one Kronecker update W1 ⊗ (u vᵀ) on each q and v, nothing shared"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.models import Segment, replace_linear
+from kadapt_cli.surgery import Segment, replace_linear
 
 SUMMARY = "low-rank updates B A on q and v"
 FORMULA = "L·2·2·d·r"

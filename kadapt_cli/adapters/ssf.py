@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kadapt_cli.adapters.full import resolve, train_existing
 from kadapt_cli.adapters.layernorm import NORMS
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.models import Segment, replace_linear
+from kadapt_cli.surgery import Segment, replace_linear
 
 __all__ = ["FORMULA", "LR", "OPTIONS", "SUMMARY", "UNMERGED", "inject", "merge", "resolve"]
 

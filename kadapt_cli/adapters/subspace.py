@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import UsageError
-from kadapt_cli.models import Segment, replace_linear
 from kadapt_cli.projections import Dense, Fastfood, Identity, MovedLinear, Projection, Sparse
+from kadapt_cli.surgery import Segment, replace_linear
 
 SUMMARY = "a random d-dimensional subspace of the targets' weights"
 FORMULA = "dims"

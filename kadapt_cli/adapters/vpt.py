@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kadapt_cli.config import TrainConfig
-from kadapt_cli.models import Segment, block_widths
+from kadapt_cli.surgery import Segment, block_widths
 
 SUMMARY = "prompt tokens that enter each block"
 FORMULA = "L·w·d"

@@ -25,12 +25,13 @@ from kadapt_cli.config import PROBE_BATCH_SIZE, PROBE_EPOCHS, TrainConfig
 from kadapt_cli.data import ImageSet, digest_of, folds, open_images
 from kadapt_cli.errors import DivergedError, InterruptedRunError, ModelError, UsageError
 from kadapt_cli.evaluate import load_backbone
-from kadapt_cli.models import Backbone, Segment, segments
+from kadapt_cli.models import Backbone
 from kadapt_cli.probe import show
 from kadapt_cli.probe.dimension import Curve, Dimension, choose, crossing, explore, grid, over_seeds, ranked
 from kadapt_cli.progress import Display
 from kadapt_cli.session import Material, choose_metric, prepare
 from kadapt_cli.study import FileStudy
+from kadapt_cli.surgery import Segment, segments
 from kadapt_cli.train import fit
 
 JSON, CSV, PICTURE = "probe.json", "probe.csv", "probe.svg"
@@ -49,7 +50,7 @@ class Plan:
 
     Attributes:
         base: Data, model and how a trial is trained; its projection and said are those of the subspaces.
-        groups: Names of `models.Segment.name` or `group`, or "blocks".
+        groups: Names of `surgery.Segment.name` or `group`, or "blocks".
         per: A candidate for each block, or one over all blocks.
         threshold: Of d90, in (0, 1).
         above: What the threshold is a share of: the score, or what it gains over the head alone.
