@@ -89,8 +89,8 @@ class BenchmarkSet:
 
     @property
     def obtained(self) -> str:
-        """How the files come here: "torchvision" (downloads), "by hand" or "Hugging Face ID"."""
-        return f"Hugging Face {self.hf}" if self.hf else "by hand" if self.page else "torchvision"
+        """How the files come here: "download", "by hand" or "Hugging Face ID"."""
+        return f"Hugging Face {self.hf}" if self.hf else "by hand" if self.page else "download"
 
     def is_present(self, root: Path) -> bool:
         """Whether all that the reader needs lies in `root`."""
@@ -103,11 +103,11 @@ class BenchmarkSet:
 
 
 def open_tables(row: BenchmarkSet, root: Path) -> Opened:
-    """Class names and tables of a set, downloaded into `root` where torchvision can; its own errors are passed on.
+    """Class names and tables of a set, downloaded into `root` where they can be; torchvision's errors are passed on.
 
     Raises:
-        DataError: A set that must be fetched by hand, a missing package, too few or too many classes, or a derived
-            split other than the one kept in `root`.
+        DataError: A set that must be fetched by hand, a missing package, too few or too many classes, a label of none,
+            or a derived split other than the one kept in `root`.
     """
     if row.is_present(root) or not row.page:
         if not row.is_present(root):
@@ -118,6 +118,10 @@ def open_tables(row: BenchmarkSet, root: Path) -> Opened:
     else:
         raise DataError(f"{row.name}: cannot be downloaded by a program; {row.by_hand(root)}")
     _expect_classes(row, root, len(classes) if tables["train"].labels else 0)
+    for split, table in tables.items():
+        strange = [label for label in table.labels if isinstance(label, int) and not 0 <= label < row.classes]
+        if strange:
+            raise DataError(f"{row.name}: {split} has a label {strange[0]}, of {row.classes} classes; mend {root}")
     return classes, tables
 
 

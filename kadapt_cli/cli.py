@@ -633,7 +633,7 @@ def data_list(as_json: JsonFlag = False) -> None:
     table = new_table("name", "classes", "train", "val", "test")
     for header in ("metric", "from"):
         table.add_column(header, no_wrap=True)
-    ways = {"torchvision": "download", "Hugging": "hf extra", "by": "by hand"}
+    ways = {"download": "download", "Hugging": "hf extra", "by": "by hand"}
     for row in rows:
         counts = [f"{row[key]:,}" if row[key] else "–" for key in ("classes", "train", "val", "test")]
         way = "here" if row["present"] else ways[row["obtained"].split()[0]]

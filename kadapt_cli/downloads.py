@@ -44,8 +44,14 @@ def resumable() -> Iterator[None]:
     from torchvision.datasets import caltech, pcam, utils
 
     fetched: list[str] = []
-    unpack = utils.extract_archive
+    unpack, check = utils.extract_archive, utils.check_integrity
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # no member leaves the folder
+
+    def is_whole(file: str | Path, md5: str | None = None) -> bool:
+        kind, expected = CHECKSUMS.get(Path(file).name, ("", ""))
+        if not kind:
+            return bool(check(file, md5))
+        return Path(file).is_file() and _digest(Path(file), kind) == expected
 
     def fetch(url: str, filename: str | Path) -> None:
         fetched.append(url)
@@ -62,6 +68,7 @@ def resumable() -> Iterator[None]:
             _move_into(Path(scratch), target)
 
     mended = [
+        (utils, "check_integrity", is_whole),
         (utils, "_urlretrieve", fetch),
         (utils, "_get_redirect_url", lambda url, max_hops=3: url),  # urllib follows redirects; a probe is not needed
         (utils, "extract_archive", unpack_whole),
@@ -76,18 +83,14 @@ def resumable() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if fetched and "File not found or corrupted" in str(error):
-            raise _wrong_checksum(fetched[-1], "MD5") from None
+            raise DataError(
+                f"{fetched[-1]}: the checksum of the download is not the expected one; try again, and fetch it by "
+                "other means if that does not help"
+            ) from None
         raise
     finally:
         for module, name, original in kept:
             setattr(module, name, original)
-
-
-def _wrong_checksum(url: str, kind: str) -> DataError:
-    return DataError(
-        f"{url}: the {kind} checksum of the download is not the expected one; try again, and fetch it by other means "
-        "if that does not help"
-    )
 
 
 def _fetch(url: str, file: Path) -> None:
@@ -97,17 +100,13 @@ def _fetch(url: str, file: Path) -> None:
         have = _size(part)
         try:
             _go_on(url, part, have)
-            break
+            part.replace(file)
+            return
         except (OSError, http.client.HTTPException) as error:
             if _size(part) <= have:
                 kept = f"; {_size(part):,} bytes of it are kept" if _size(part) else ""
                 # Not an OSError: torchvision would then try the same address without encryption.
                 raise RuntimeError(f"{url} could not be fetched: {getattr(error, 'reason', error)}{kept}") from None
-    kind, expected = CHECKSUMS.get(file.name, ("", ""))
-    if kind and _digest(part, kind) != expected:
-        part.unlink()
-        raise _wrong_checksum(url, "SHA-256" if kind == "sha256" else kind.upper())
-    part.replace(file)
 
 
 def _digest(file: Path, kind: str) -> str:

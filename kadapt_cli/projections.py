@@ -8,6 +8,7 @@ with z padded by zeros to L. B and Π are shared by the blocks, so that Π H B z
 would be permutations of each other. Every entry of a column is then a normal number of its own. It costs D·log₂ L
 additions and stores D + 3·L numbers, where a dense P needs D·d of both. Training takes about 2.1·D + 11·L numbers
 beside the frozen model, Adam's among them: G, and either the moved weight of one layer or its gradient (`MovedLinear`).
+Of several weights each has its G, sign and permutation, and one of them at a time is moved.
 
 `Dense` and `Sparse` are the plain alternatives, `Identity` trains the weights directly.
 
@@ -59,8 +60,7 @@ class Fastfood(Projection):
 
     def __init__(self, size: int, dims: int, generator: torch.Generator) -> None:
         super().__init__(size, dims)
-        self.length = 1 << (dims - 1).bit_length()
-        blocks = -(-size // self.length)
+        blocks, self.length = _blocks(size, dims)
         sign = 2 * torch.randint(0, 2, (self.length,), generator=generator, dtype=torch.float32) - 1
         self.register_buffer("sign", sign, persistent=False)
         self.register_buffer("order", torch.randperm(self.length, generator=generator), persistent=False)
@@ -71,7 +71,8 @@ class Fastfood(Projection):
     @staticmethod
     def stored_bytes(size: int, dims: int) -> int:
         """See `Projection`."""
-        return 4 * (size + 3 * dims)
+        blocks, length = _blocks(size, dims)
+        return 4 * (blocks + 3) * length
 
     def multiply(self, z: Tensor) -> Tensor:
         """P z (size,), in fresh memory of up to L numbers more."""
@@ -93,6 +94,12 @@ class Fastfood(Projection):
         padded = z.new_zeros(self.length)
         padded[: self.dims] = z
         return hadamard_(padded)
+
+
+def _blocks(size: int, dims: int) -> tuple[int, int]:
+    """How many blocks Fastfood stacks, and their rows L."""
+    length = 1 << (dims - 1).bit_length()
+    return -(-size // length), length
 
 
 class Dense(Projection):
@@ -200,12 +207,13 @@ class MovedLinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (dy @ _moved(z, scale, weight, ctx.projection).to(dy.dtype)).to(ctx.x_dtype)
-        gradient = dy.flatten(0, -2).T @ x.flatten(0, -2)
+        gradient = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
         back = ctx.projection.adjoint(gradient.view(-1).to(z.dtype))
         dscale = (back @ z).view(scale.shape) if ctx.needs_input_grad[2] else None
         return dx, back.mul_(scale), dscale, None, None, None
 
 
 def _moved(z: Tensor, scale: Tensor, weight: Tensor, projection: Projection) -> Tensor:
-    """θ0 + s·P z: of the size of θ0 only the result is made."""
-    return projection.multiply(z).mul_(scale).view(weight.shape).add_(weight)
+    """θ0 + s·P z, in the dtype of z under autocast too: of the size of θ0 only the result is made."""
+    with torch.autocast(z.device.type, enabled=False):
+        return projection.multiply(z).mul_(scale).view(weight.shape).add_(weight)

@@ -345,7 +345,8 @@ def estimate_memory(session: Session) -> int:
         torch.autocast(session.device.type, session.dtype, enabled=session.dtype != torch.float32),
     ):
         output = session.module(torch.zeros(1, 3, height, width, device=session.device))
-    state = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in session.module.state_dict().values()}
+    tensors = (*session.module.parameters(), *session.module.buffers())
+    state = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     activations = sum(size for pointer, size in kept.items() if pointer not in state)
     del output
     trainable = sum(p.numel() * p.element_size() for p in session.parameters.values())

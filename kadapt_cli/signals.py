@@ -17,7 +17,6 @@ from typing import NoReturn
 
 from kadapt_cli.errors import INTERRUPTED, PREEMPTED, TERMINATED
 
-PYDANTIC = f"{os.sep}pydantic{os.sep}"
 EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGUSR1: PREEMPTED}
 
 
@@ -65,7 +64,8 @@ def stop(number: signal.Signals) -> NoReturn:
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib") or PYDANTIC in frame.f_code.co_filename:
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if frame.f_code.co_filename.startswith("<frozen importlib") or package == "pydantic":
             say("kadapt: interrupted")
             os._exit(EXIT_CODES[number])
         frame = frame.f_back

@@ -30,6 +30,7 @@ from kadapt_cli.errors import (
     ModelError,
     UsageError,
 )
+from kadapt_cli.evaluate import load_backbone
 from kadapt_cli.progress import Display
 from kadapt_cli.study import FileStudy, open_study
 
@@ -401,6 +402,24 @@ def test_a_failed_trial_is_recorded_and_the_rest_goes_on(folders, tmp_path, monk
     document = run(grid_of(folders[:1], methods=("bitfit",), search="coarse"), tmp_path).document
     assert [row["method"] for row in document["rows"]] == ["bitfit"]
     assert [(f["trial"], f["reason"]) for f in document["failures"]] == [(4, "the loss is not finite at step 1")]
+
+
+def test_a_failure_is_final_for_all_workers_of_a_comparison_and_tried_again_by_the_next(folders, tmp_path, monkeypatch):
+    """Also for a worker that started after it was recorded."""
+
+    def fit(session, display):
+        raise DivergedError("the loss is not finite at step 1")
+
+    monkeypatch.setattr(worker, "fit", fit)
+    grid = grid_of(folders[:1], methods=("bitfit",))
+    with pytest.raises(CheckFailedError):
+        run(grid, tmp_path)
+    backbone = load_backbone(grid.base)
+    study = open_study(tmp_path, None, grid.settings(backbone))
+    late, later = (
+        worker.Worker(grid, study, quiet(), backbone, tmp_path, before=before) for before in (0, len(study.records()))
+    )
+    assert [each._is_done(grid.cells()[0]) for each in (late, later)] == [True, False]
 
 
 def test_a_cell_whose_runs_all_fail_has_no_accuracy(folders, tmp_path, monkeypatch):

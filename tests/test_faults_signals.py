@@ -209,6 +209,22 @@ def test_a_signal_ends_all_processes_of_a_comparison(two_jobs, number, tally):
     tally(ROW, 1)
 
 
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGKILL,)])
+def test_the_workers_of_a_comparison_end_with_it(two_jobs, numbers, tally):
+    """Also where it has no time to end them: at a second signal, and when it is killed."""
+    start, _ = two_jobs
+    process, _ = start(",".join(map(str, range(100))))
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.02)
+    began = time.time()
+    process.wait(timeout=30)
+    while time.time() - began < 5 and faults.group(process.pid):
+        time.sleep(0.01)
+    assert faults.group(process.pid) == []
+    tally(ROW, 1)
+
+
 def test_a_worker_that_is_killed_loses_no_cell(two_jobs, tally):
     """The first process fills all that is left, and says what happened."""
     start, out = two_jobs

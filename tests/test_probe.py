@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kadapt_cli import probe, runs, signals
+from kadapt_cli.adapters import subspace
 from kadapt_cli.adapters.subspace import Part, SubspaceLinear
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import folds, open_images
@@ -20,7 +21,7 @@ from kadapt_cli.probe.dimension import Dimension, choose, crossing, explore, gri
 from kadapt_cli.projections import Fastfood
 
 
-def test_the_grid_is_of_powers_of_eight_up_to_a_quarter():
+def test_the_grid_is_of_powers_of_eight_up_to_a_sixteenth():
     assert grid(1023) == [8]
     assert grid(1024) == [8, 64]
     assert grid(147456) == [8, 64, 512, 4096]
@@ -347,6 +348,15 @@ def test_the_grid_leaves_out_what_cannot_be_stored(monkeypatch):
     dims = {kind: probe._dims(plan("x", dims=None, base={"projection": kind}), whole) for kind in ("dense", "sparse")}
     assert dims == {"dense": [8, 64], "sparse": [8, 64, 512, 4096]}
     assert probe._dims(plan("x", dims=None), whole) == [8, 64, 512, 4096, 32768]
+    (attention,) = probe.candidates(backbone, ("attn",), "model")  # 24 small weights, D = 884,736
+    assert probe._dims(plan("x", dims=None), attention) == [8, 64, 512, 4096]
+    for candidate in (whole, attention):
+        for d in probe._dims(plan("x", dims=None), candidate):
+            config = subspace.resolve(TrainConfig(method="subspace", dims=d), candidate.members)
+            drawn = subspace.pieces(candidate.members, config)
+            stored = sum(b.nbytes for *_, projection, _ in drawn for b in projection.buffers()) / 4
+            assert stored == subspace.stored_bytes(candidate.members, "fastfood", d) / 4
+            assert stored + max(map(subspace.size, candidate.members)) + 8 * d < 3 * candidate.size
 
 
 def test_the_selection_keeps_to_its_budget(tasks, tmp_path, monkeypatch):

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from kadapt_cli import projections
+from kadapt_cli.adapters import subspace
 from kadapt_cli.projections import Dense, Fastfood, Identity, MovedLinear, Projection, Sparse
+from kadapt_cli.surgery import Segment
 
 SIZE, DIMS = 1000, 37
 
@@ -68,12 +71,12 @@ def test_a_seed_gives_one_projection(kind):
 
 
 @pytest.mark.parametrize("kind", ["fastfood", "dense", "sparse", "identity"])
-@pytest.mark.parametrize("biased", [True, False])
-def test_gradients_are_autograds_on_the_dense_matrix(kind, biased):
+@pytest.mark.parametrize(("biased", "shape"), [(True, (2, 3, 10)), (False, (3, 10)), (True, (10,))])
+def test_gradients_are_autograds_on_the_dense_matrix(kind, biased, shape):
     dims = 60 if kind == "identity" else 7
     projection, weight = drawn(kind, 60, dims), torch.randn(6, 10, dtype=torch.float64)
     bias = torch.randn(6, dtype=torch.float64) if biased else None
-    p, x = matrix(projection), torch.randn(2, 3, 10, dtype=torch.float64, requires_grad=True)
+    p, x = matrix(projection), torch.randn(shape, dtype=torch.float64, requires_grad=True)
     z = torch.randn(dims, dtype=torch.float64, requires_grad=True)
     scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     y = MovedLinear.apply(x, z, scale, weight, bias, projection)
@@ -84,18 +87,21 @@ def test_gradients_are_autograds_on_the_dense_matrix(kind, biased):
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_autocast_computes_in_16_bits_and_keeps_the_gradients_dtypes():
-    projection, weight = Fastfood(60, 7, torch.Generator().manual_seed(0)), torch.randn(6, 10)
-    x, z = torch.randn(3, 10, requires_grad=True), torch.randn(7, requires_grad=True)
-    p = torch.stack([projection.multiply(one) for one in torch.eye(7)], 1)
+@pytest.mark.parametrize("kind", ["fastfood", "dense", "sparse"])
+def test_autocast_multiplies_in_16_bits_and_moves_in_32(kind):
+    projection, weight = drawn(kind, 60, 7).float(), torch.randn(6, 10)
+    x, z, one = torch.randn(3, 10, requires_grad=True), torch.randn(7, requires_grad=True), torch.tensor(1.0)
+    p = torch.stack([projection.multiply(unit) for unit in torch.eye(7)], 1)
+    moved = weight + (p @ z).view(6, 10)
     with torch.autocast("cpu", torch.bfloat16):
-        y = MovedLinear.apply(x, z, torch.tensor(1.0), weight, None, projection)
-        dense = torch.nn.functional.linear(x, weight + (p @ z).view(6, 10))
+        y = MovedLinear.apply(x, z, one, weight, None, projection)
+        dense = torch.nn.functional.linear(x, moved)
+        torch.testing.assert_close(projections._moved(z.detach(), one, weight, projection), moved, rtol=1e-5, atol=1e-5)
     assert y.dtype == torch.bfloat16
     found, wanted = (torch.autograd.grad(out.float().square().sum(), (x, z)) for out in (y, dense))
-    for one, other in zip(found, wanted, strict=True):
-        assert one.dtype == torch.float32
-        torch.testing.assert_close(one, other, rtol=3e-2, atol=3e-2 * other.abs().max().item())
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=3e-2 * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize(
@@ -132,3 +138,6 @@ def test_memory_is_two_numbers_a_weight_and_eleven_a_dimension(shape, dims, most
         alive += event.nbytes()
         peak = max(peak, alive)
     assert (kept + peak) / (4 * size) < most
+    whole = Segment(0, "fc1", "blocks.0.mlp.fc1", 0, shape[0], shape[1], None, 0)
+    activations = 4 * 2 * sum(shape)  # x, y and their gradients
+    assert kept + peak <= 4 * (subspace.training_numbers([whole], dims) + activations)

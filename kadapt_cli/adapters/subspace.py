@@ -130,6 +130,14 @@ def stored_bytes(segments: Sequence[Segment], projection: str, dims: int) -> int
     return sum(RANDOM[projection].stored_bytes(size(segment), dims) for segment in segments)
 
 
+def training_numbers(segments: Sequence[Segment], dims: int) -> int:
+    """At most so many numbers training by Fastfood takes beside the frozen model: P's, of the largest weight another
+    and an eighth, and eight vectors like z, Adam's among them."""
+    length = 1 << (dims - 1).bit_length()
+    largest = max(map(size, segments))
+    return stored_bytes(segments, "fastfood", dims) // 4 + largest + largest // 8 + 8 * length
+
+
 def pieces(segments: Sequence[Segment], config: TrainConfig) -> list[tuple[Segment, str, Projection, float]]:
     """Each segment's part of P, drawn by the seed, the name of its z, and its scale, with which columns are s·P's."""
     dims, scale = config.dims, config.scale

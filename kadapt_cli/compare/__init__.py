@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from kadapt_cli.compare.worker import Worker, check_images, open_cell
 from kadapt_cli.data import digest_of
 from kadapt_cli.errors import (
     EXIT_CODES,
+    TERMINATED,
     CheckFailedError,
     InterruptedRunError,
     KadaptError,
@@ -80,8 +82,8 @@ def compare(grid: Grid, out: Path, display: Display, *, storage: str | None, job
         display.say("WARNING: --select test-best takes the best epoch on the test images: no honest estimate")
     before = len(study.records())
     try:
-        with _others(grid, out, storage, jobs) as others:
-            Worker(grid, study, display, backbone, out).work()
+        with _others(grid, out, storage, jobs, before) as others:
+            Worker(grid, study, display, backbone, out, before=before).work()
     except (InterruptedRunError, signals.Stopped) as error:
         done = len(results(grid, study)[0])
         raise InterruptedRunError(
@@ -172,10 +174,10 @@ def _check(grid: Grid, backbone: Backbone) -> dict[str, str]:
 
 
 @contextmanager
-def _others(grid: Grid, out: Path, storage: str | None, jobs: int) -> Iterator[list[int]]:
+def _others(grid: Grid, out: Path, storage: str | None, jobs: int, before: int) -> Iterator[list[int]]:
     """Start jobs - 1 further workers, which share the study and the machine's cores, and wait for them at the end.
 
-    Gives their process numbers. They are ended when this process stops or fails.
+    Gives their process numbers. They end when this process stops, fails or is killed.
 
     Raises:
         MachineError: One of them failed, which it has said.
@@ -183,7 +185,7 @@ def _others(grid: Grid, out: Path, storage: str | None, jobs: int) -> Iterator[l
     context = multiprocessing.get_context("spawn")
     all_threads = torch.get_num_threads()
     threads = max(1, all_threads // jobs)
-    workers = [context.Process(target=_worker, args=(grid, out, storage, threads)) for _ in range(jobs - 1)]
+    workers = [context.Process(target=_worker, args=(grid, out, storage, threads, before)) for _ in range(jobs - 1)]
     try:
         for worker in workers:
             worker.start()
@@ -192,10 +194,10 @@ def _others(grid: Grid, out: Path, storage: str | None, jobs: int) -> Iterator[l
         for worker in workers:
             worker.join()
     finally:
-        torch.set_num_threads(all_threads)
         for worker in workers:
             if worker.is_alive():
                 worker.terminate()
+        torch.set_num_threads(all_threads)
         for worker in workers:
             if worker.pid:
                 worker.join()
@@ -207,16 +209,25 @@ def _others(grid: Grid, out: Path, storage: str | None, jobs: int) -> Iterator[l
         raise error
 
 
-def _worker(grid: Grid, out: Path, storage: str | None, threads: int) -> None:
-    """A further worker process; signals reach it through the first, which ends it by SIGTERM."""
+def _worker(grid: Grid, out: Path, storage: str | None, threads: int, before: int) -> None:
+    """A further worker process; signals reach it through the first, which ends it by SIGTERM, or by its own end."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     try:
         backbone = load_backbone(grid.base)
         study = open_study(out, storage, grid.settings(backbone))
-        Worker(grid, study, Display(new_console(stderr=True)), backbone, out).work()
+        Worker(grid, study, Display(new_console(stderr=True)), backbone, out, before=before).work()
     except KadaptError as error:
         if not isinstance(error, InterruptedRunError):
             print_line(new_console(stderr=True), f"kadapt: {error}")
         sys.exit(error.exit_code)
+
+
+def _end_with_parent() -> None:
+    """End this process at once when the one that started it is gone; what was finished is in the study."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(TERMINATED)

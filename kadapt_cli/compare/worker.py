@@ -1,7 +1,6 @@
 """One process that fills the cells of a comparison."""
 
 import itertools
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,6 @@ from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import ImageSet, digest_of, merged, open_images
 from kadapt_cli.errors import (
     ENVIRONMENT,
-    TERMINATED,
     InterruptedRunError,
     KadaptError,
     MachineError,
@@ -43,14 +41,17 @@ class OtherImagesError(UsageError):
 class Worker:
     """Fills cells until all are done, and keeps what cells on the same images share."""
 
-    def __init__(self, grid: Grid, study: Study, display: Display, backbone: Backbone, out: Path) -> None:
+    def __init__(
+        self, grid: Grid, study: Study, display: Display, backbone: Backbone, out: Path, *, before: int
+    ) -> None:
+        """`before` records are of earlier comparisons, whose failures are tried again."""
         self.grid = grid
         self.out = out
         self.study = study
         self.display = display
         self.quiet = Display(new_console(stderr=True), quiet=True)
         self.backbone = backbone
-        self.before = len(study.records())
+        self.before = before
         self.indexed = 0
         self.by_cell: dict[tuple[str, str, int], list[tuple[int, Record]]] = {}  # records and their places in the study
         self.texts: dict[str, Tensor | None] = {}  # CLIP's embeddings of the class names, by data
@@ -168,9 +169,6 @@ class Worker:
 
     def _record(self, cell: Cell, head: Record, words: str, run: Callable[[], Record]) -> None:
         """Keep what a run came to, or why it failed."""
-        parent = multiprocessing.parent_process()
-        if parent is not None and not parent.is_alive():
-            raise InterruptedRunError("the comparison was killed", TERMINATED)
         head = head | {"data": label(cell.data), "method": cell.method, "seed": cell.seed, "pid": os.getpid()}
         began = time.perf_counter()
         try:

@@ -177,12 +177,17 @@ def _least(plan: Plan, candidate: Candidate) -> int:
 
 
 def _dims(plan: Plan, candidate: Candidate) -> list[int]:
-    """The d of a candidate's grid: those given, or the first of 8, 64, 512, … and the others whose P can be stored."""
+    """The d of a candidate's grid: those given, or the first of 8, 64, 512, … and the others that memory has room for.
+
+    By Fastfood a trial then takes at most 3·D numbers beside the frozen model; other P are large by nature.
+    """
     if plan.dims is not None:
         return list(plan.dims)
-    least = _least(plan, candidate)
+    least, members = _least(plan, candidate), candidate.members
     first, *more = sorted({max(d, least) for d in grid(candidate.size)})
-    stored = partial(subspace.stored_bytes, candidate.members, plan.base.projection)
+    if plan.base.projection == "fastfood":
+        return [first, *(d for d in more if subspace.training_numbers(members, d) <= 3 * candidate.size)]
+    stored = partial(subspace.stored_bytes, members, plan.base.projection)
     return [first, *(d for d in more if stored(d) <= subspace.MAX_BYTES)]
 
 
