@@ -32,6 +32,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from kadapt_cli.adapters.kadaptation import LR as KADAPTATION_LR
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.data import open_images
 from kadapt_cli.evaluate import logits
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, nargs="+", default=[5, 10])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--lr", type=float, nargs="+", default=[TrainConfig.model_fields["lr"].default])
+    parser.add_argument("--lr", type=float, nargs="+", default=[KADAPTATION_LR])
     parser.add_argument("--scale", type=float, nargs="+", default=[None])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

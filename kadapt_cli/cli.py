@@ -366,7 +366,7 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, max=256, help="Worker processes.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, max=256, help="Processes that share the work.")] = 1,
     m0: Annotated[float, typer.Option(min=1, help="M0 of PE = score · exp(-log10(P/M0 + 1)).")] = 1e8,
     out: Annotated[Path, typer.Option(help="The folder of the study and its result; the same one goes on.")] = Path(
         "comparison"

@@ -97,6 +97,7 @@ def duration(seconds: float) -> str:
 
 def show_result(result: dict[str, Any], console: Console) -> None:
     """Print what training, or its dry run, came to, and what to type next."""
+    from kadapt_cli.adapters import METHODS
 
     def line(name: str, words: str) -> None:
         print_line(console, f"{name:<12}{words}")
@@ -136,5 +137,6 @@ def show_result(result: dict[str, Any], console: Console) -> None:
     run = shlex.quote(result["run"])
     print_line(console, "")
     print_line(console, "next:")
-    for command in (f"eval {run}", f"predict {run} IMAGE…", f"merge-weights {run} --out {run}-merged"):
+    merge = [] if METHODS[result["method"]].UNMERGED else [f"merge-weights {run} --out {run}-merged"]
+    for command in (f"eval {run}", f"predict {run} IMAGE…", *merge):
         print_line(console, f"  kadapt {command}")
