@@ -655,6 +655,16 @@ def test_every_file_of_a_downloaded_set_has_a_checksum(root: Path, monkeypatch: 
     assert [name for name in fetched if not checked.get(name, name in downloads.CHECKSUMS)] == []
 
 
+def test_a_cifar_record_is_red_green_and_blue_planes_row_by_row(root: Path) -> None:
+    MINIATURES["cifar-100"][0](root / "cifar-100")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    record = bytes([19, 98]) + b"".join(pixels[:, :, channel].tobytes() for channel in range(3))
+    (root / "cifar-100/cifar-100-binary/test.bin").write_bytes(record)
+    found = catalog.open_named("cifar-100", cache_bytes=1)
+    assert found.entries["test"] == [("cifar-100/test/0", 98)]
+    assert np.array_equal(np.asarray(found.picture("cifar-100/test/0")), pixels)
+
+
 def test_a_label_of_no_class_is_named(root: Path) -> None:
     MINIATURES["cifar-10"][0](root / "cifar-10")
     file = root / "cifar-10/cifar-10-batches-bin/test_batch.bin"
