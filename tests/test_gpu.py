@@ -1,7 +1,9 @@
-"""On a GPU, by `pytest -m gpu -n 0`: every kernel and the operator, by the cases of the benchmark's first stage; and
-what `--deterministic` promises."""
+"""On a GPU, by `pytest -m gpu -n 0`: every kernel and the operator, by the cases of the benchmark's first stage; layers
+in a subspace, several processes on one GPU, and what `--deterministic` promises."""
 
+import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from kadapt_cli.bench import timing
 from kadapt_cli.config import TrainConfig
 from kadapt_cli.errors import InterruptedRunError
 from kadapt_cli.progress import Display
+from kadapt_cli.projections import Fastfood, MovedLinear
 from kadapt_kernels import hadamard
 
 pytestmark = [
@@ -44,6 +47,29 @@ def test_the_transform_is_as_accurate_as_products(length):
     found, products = hadamard(x, backend="triton"), hadamard(x.cpu(), backend="torch").cuda()
     assert (found - answer).norm() <= 2 * (products - answer).norm() + 1e-7 * answer.norm()
     assert torch.equal(found, hadamard(x, backend="triton"))
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_a_layer_in_a_subspace_has_the_gradients_of_the_dense_matrix(dtype, close):
+    projection = Fastfood(768 * 192, 512, torch.Generator().manual_seed(0)).cuda()
+    x, weight = torch.randn(4, 197, 192, device="cuda", requires_grad=True), torch.randn(768, 192, device="cuda")
+    z = torch.randn(512, device="cuda", requires_grad=True)
+    p = torch.stack([projection.multiply(unit) for unit in torch.eye(512, device="cuda")], 1).double()
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        y = MovedLinear.apply(x, z, torch.tensor(1.0, device="cuda"), weight, None, projection)
+    dense = torch.nn.functional.linear(x.double(), weight + (p @ z.double()).view(weight.shape))
+    assert y.dtype == dtype
+    found, wanted = (torch.autograd.grad(out.square().sum(), (x, z)) for out in (y.float(), dense))
+    for ours, theirs in zip((y, *found), (dense, *wanted), strict=True):
+        assert (ours.double() - theirs).norm() <= close * theirs.norm()
+
+
+def test_two_processes_compare_on_one_gpu(tmp_path):
+    command = [sys.executable, "-m", "kadapt_cli", "compare", "--data", "demo", "--method", "bitfit", "--epochs", "2"]
+    options = ["--device", "cuda", "--seeds", "0,1,2,3", "--jobs", "2", "--json", "--out", str(tmp_path / "c")]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["rows"]) == 4
 
 
 def test_a_deterministic_run_that_was_stopped_ends_with_the_same_bits(tmp_path, monkeypatch):
