@@ -57,6 +57,16 @@ def handled(first: Callable[[signal.Signals], object]) -> Iterator[None]:
         restore()
 
 
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Let Ctrl-C and SIGUSR1 wait for the end of this; a process started in it never gets them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def stop(number: signal.Signals) -> NoReturn:
     """Raise `Stopped`; end the process in the middle of an import, or where pydantic builds a schema.
 

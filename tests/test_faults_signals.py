@@ -225,6 +225,37 @@ def test_the_workers_of_a_comparison_end_with_it(two_jobs, numbers, tally):
     tally(ROW, 1)
 
 
+@pytest.mark.parametrize("delay", [0.0, 1.0, 2.0, 4.0])
+def test_ctrl_c_in_a_terminal_reaches_all_processes_of_a_comparison(tiny, tmp_path, delay, tally):
+    """While the second is imported, before its first step and in it: one line, and nobody is left."""
+    data = ("--data", tiny.folder / "photos", "--model", f"local-dir:{tiny.folder / 'model'}")
+    options = (
+        "--shots",
+        3,
+        "--epochs",
+        500,
+        "--method",
+        "bitfit",
+        "--seeds",
+        "0,1,2",
+        "--jobs",
+        2,
+        "--out",
+        tmp_path / "c",
+    )
+    command = [sys.executable, "-m", "kadapt_cli", "compare", *map(str, (*data, *options))]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while len(faults.group(process.pid)) < 3:  # the two, and Python's own helper
+        time.sleep(0.01)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)
+    began = time.time()
+    error = process.communicate(timeout=30)[1]
+    assert (process.returncode, error.count("kadapt: "), "Traceback" in error) == (130, 1, False), error
+    assert time.time() - began < 5
+    tally(ROW, 1)
+
+
 def test_a_worker_that_is_killed_loses_no_cell(two_jobs, tally):
     """The first process fills all that is left, and says what happened."""
     start, out = two_jobs

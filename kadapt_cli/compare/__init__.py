@@ -9,12 +9,12 @@ and seeds, and shared between processes.
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -187,8 +187,10 @@ def _others(grid: Grid, out: Path, storage: str | None, jobs: int, before: int) 
     threads = max(1, all_threads // jobs)
     workers = [context.Process(target=_worker, args=(grid, out, storage, threads, before)) for _ in range(jobs - 1)]
     try:
-        for worker in workers:
-            worker.start()
+        resource_tracker.ensure_running()  # here, as its start lets signals through
+        with signals.blocked():  # for good in the workers, which Ctrl-C in a terminal reaches as well
+            for worker in workers:
+                worker.start()
         torch.set_num_threads(threads)
         yield [worker.pid or 0 for worker in workers]
         for worker in workers:
@@ -213,8 +215,6 @@ def _worker(grid: Grid, out: Path, storage: str | None, threads: int, before: in
     """A further worker process; signals reach it through the first, which ends it by SIGTERM, or by its own end."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
     try:
         backbone = load_backbone(grid.base)
         study = open_study(out, storage, grid.settings(backbone))
