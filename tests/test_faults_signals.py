@@ -268,6 +268,29 @@ def test_a_worker_that_is_killed_loses_no_cell(two_jobs, tally):
     tally(ROW, 1)
 
 
+@pytest.mark.parametrize("to_all", [False, True], ids=["alone", "group"])
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_ends_the_compilers_of_bench_kernels(number, to_all, tally):
+    """Each of the two would otherwise be followed by another until all is compiled."""
+    command = [sys.executable, "-m", "kadapt_cli", "bench-kernels", "--aot", "sm_90"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    try:
+        while len(faults.group(process.pid)) < 3:
+            time.sleep(0.01)
+        time.sleep(1.0)
+        (os.killpg if to_all else os.kill)(process.pid, number)
+        began = time.time()
+        out, error = process.communicate(timeout=30)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, out, error) == (CODES[number], "", "kadapt: interrupted\n")
+    assert time.time() - began < 5
+    assert faults.group(process.pid) == []
+    tally(ROW, 1)
+
+
 def takes(pid: int) -> bool:
     """Whether a process has a handler for all of our signals."""
     mask = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)

@@ -18,9 +18,11 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import gcd
@@ -148,8 +150,12 @@ def run(jobs: Sequence[Job]) -> list[Row]:
         "shared_bytes" a program; "tensor_core_ops"; "pipelined" (see `pipelined`); and "error", which is None, or the
         compiler's last words with the figures None.
     """
+    compiler = _Compiler()
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(2) as pool:
-        halves = list(pool.map(lambda half: _batch(half, cache), (jobs[0::2], jobs[1::2])))
+        try:
+            halves = list(pool.map(lambda half: _batch(half, cache, compiler), (jobs[0::2], jobs[1::2])))
+        finally:
+            compiler.end()
     return [halves[i % 2][i // 2] for i in range(len(jobs))]
 
 
@@ -195,7 +201,37 @@ def _tabled(arch: str, dtype: str) -> list[Job]:
     return jobs
 
 
-def _batch(jobs: Sequence[Job], cache: str) -> list[Row]:
+class _Compiler:
+    """Processes that compile, which end with the thread that waits for their rows: a signal reaches that one alone."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen[str]] = set()
+        self.ended = False
+        self.lock = threading.Lock()
+
+    def run(self, jobs: str, environment: dict[str, str]) -> tuple[int, str, str]:
+        """The exit code, stdout and stderr of one process."""
+        command = [sys.executable, "-m", "kadapt_kernels.aot", "--worker"]
+        pipe = subprocess.PIPE
+        with self.lock:
+            if self.ended:
+                return -signal.SIGKILL, "", ""
+            process = subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe, stderr=pipe)
+            self.running.add(process)
+        out, error = process.communicate(jobs)
+        with self.lock:
+            self.running.remove(process)
+        return process.returncode, out, error
+
+    def end(self) -> None:
+        """Kill what runs, and start nothing more."""
+        with self.lock:
+            self.ended = True
+            for process in self.running:
+                process.kill()
+
+
+def _batch(jobs: Sequence[Job], cache: str, compiler: _Compiler) -> list[Row]:
     """The rows of the jobs in order; a process that dies leaves an error row and the next one goes on after it."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     folder = str(Path(__file__).parents[1])
@@ -206,18 +242,12 @@ def _batch(jobs: Sequence[Job], cache: str) -> list[Row]:
         "PYTHONPATH": os.pathsep.join([folder, environment.get("PYTHONPATH", "")]),
     }
     found: list[Row] = []
-    while len(found) < len(jobs):
-        done = subprocess.run(
-            [sys.executable, "-m", "kadapt_kernels.aot", "--worker"],
-            input=json.dumps(jobs[len(found) :]),
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-        found += [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"kernel"')]
+    while len(found) < len(jobs) and not compiler.ended:
+        code, out, error = compiler.run(json.dumps(jobs[len(found) :]), environment)
+        found += [json.loads(line) for line in out.splitlines() if line.startswith('{"kernel"')]
         if len(found) < len(jobs):
-            words = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            found.append(_row(jobs[len(found)], {"error": f"the compiler ended ({done.returncode}): {words[0]}"}))
+            words = error.strip().splitlines()[-1:] or ["no message"]
+            found.append(_row(jobs[len(found)], {"error": f"the compiler ended ({code}): {words[0]}"}))
     return found
 
 
