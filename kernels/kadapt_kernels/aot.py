@@ -202,7 +202,7 @@ def _tabled(arch: str, dtype: str) -> list[Job]:
 
 
 class _Compiler:
-    """Processes that compile, which end with the thread that waits for their rows: a signal reaches that one alone."""
+    """Starts the processes that compile, from several threads, until another one, which a signal stops, ends them all."""
 
     def __init__(self) -> None:
         self.running: set[subprocess.Popen[str]] = set()
