@@ -202,7 +202,7 @@ def _tabled(arch: str, dtype: str) -> list[Job]:
 
 
 class _Compiler:
-    """Starts the processes that compile, from several threads, until another one, which a signal stops, ends them all."""
+    """Starts the processes that compile, for several threads, until another one, stopped by a signal, ends them all."""
 
     def __init__(self) -> None:
         self.running: set[subprocess.Popen[str]] = set()
