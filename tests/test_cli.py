@@ -210,15 +210,13 @@ def test_merge_is_also_called_merge(run_cli, trained, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "merged"), [("kadaptation", True), ("adapter", False)])
-def test_what_to_type_next_works(run_cli, tmp_path, method, merged):
+def test_what_to_type_next(run_cli, tmp_path, method, merged):
     """Of a method that cannot be merged, nothing is said of merging."""
     options = ("--shots", "2", "--val", "none", "--epochs", "1")
     code, out, _ = run_cli("train", "--method", method, *options, "--out", str(tmp_path / "run"))
     commands = [line.split() for line in out.partition("next:\n")[2].splitlines()]
     assert code == 0
     assert [words[1] for words in commands] == ["eval", "predict", *["merge-weights"] * merged]
-    if merged:
-        assert run_cli(*commands[-1][1:])[0] == 0
 
 
 def test_demo_dry_run(run_cli, tmp_path):

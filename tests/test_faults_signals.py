@@ -193,8 +193,15 @@ def finals(out):
     return [record for record in records if record["kind"] == "final"]
 
 
+def skip_unless(in_the_sample, quick):
+    """Some of the trials that start whole programs are left to the full run."""
+    if quick and not in_the_sample:
+        pytest.skip("not in the sample")
+
+
 @pytest.mark.parametrize("number", CODES)
-def test_a_signal_ends_all_processes_of_a_comparison(two_jobs, number, tally):
+def test_a_signal_ends_all_processes_of_a_comparison(two_jobs, number, tally, quick):
+    skip_unless(number == signal.SIGTERM, quick)
     start, out = two_jobs
     process, _ = start(",".join(map(str, range(100))))
     process.send_signal(number)
@@ -210,8 +217,9 @@ def test_a_signal_ends_all_processes_of_a_comparison(two_jobs, number, tally):
 
 
 @pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGKILL,)])
-def test_the_workers_of_a_comparison_end_with_it(two_jobs, numbers, tally):
+def test_the_workers_of_a_comparison_end_with_it(two_jobs, numbers, tally, quick):
     """Also where it has no time to end them: at a second signal, and when it is killed."""
+    skip_unless(numbers == (signal.SIGKILL,), quick)
     start, _ = two_jobs
     process, _ = start(",".join(map(str, range(100))))
     for number in numbers:
@@ -226,8 +234,9 @@ def test_the_workers_of_a_comparison_end_with_it(two_jobs, numbers, tally):
 
 
 @pytest.mark.parametrize("delay", [0.0, 1.0, 2.0, 4.0])
-def test_ctrl_c_in_a_terminal_reaches_all_processes_of_a_comparison(tiny, tmp_path, delay, tally):
+def test_ctrl_c_in_a_terminal_reaches_all_processes_of_a_comparison(tiny, tmp_path, delay, tally, quick):
     """While the second is imported, before its first step and in it: one line, and nobody is left."""
+    skip_unless(delay == 1.0, quick)
     data = ("--data", tiny.folder / "photos", "--model", f"local-dir:{tiny.folder / 'model'}")
     options = (
         "--shots",
@@ -256,8 +265,9 @@ def test_ctrl_c_in_a_terminal_reaches_all_processes_of_a_comparison(tiny, tmp_pa
     tally(ROW, 1)
 
 
-def test_a_worker_that_is_killed_loses_no_cell(two_jobs, tally):
+def test_a_worker_that_is_killed_loses_no_cell(two_jobs, tally, quick):
     """The first process fills all that is left, and says what happened."""
+    skip_unless(False, quick)
     start, out = two_jobs
     process, second = start(",".join(map(str, range(50))))
     os.kill(second, signal.SIGKILL)
@@ -270,8 +280,9 @@ def test_a_worker_that_is_killed_loses_no_cell(two_jobs, tally):
 
 @pytest.mark.parametrize("to_all", [False, True], ids=["alone", "group"])
 @pytest.mark.parametrize("number", CODES)
-def test_a_signal_ends_the_compilers_of_bench_kernels(number, to_all, tally):
+def test_a_signal_ends_the_compilers_of_bench_kernels(number, to_all, tally, quick):
     """Each of the two would otherwise be followed by another until all is compiled."""
+    skip_unless(number == signal.SIGINT and to_all, quick)
     command = [sys.executable, "-m", "kadapt_cli", "bench-kernels", "--aot", "sm_90"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, start_new_session=True, **pipes)
@@ -336,8 +347,9 @@ TrainConfig()
 
 
 @pytest.mark.parametrize("number", CODES)
-def test_signals_while_the_configuration_is_prepared(number, tally):
+def test_signals_while_the_configuration_is_prepared(number, tally, quick):
     """Below code of Rust, which makes errors of its own of what a handler raises."""
+    skip_unless(number == signal.SIGTERM, quick)
     script = BUILDING.format(number=int(number))
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (CODES[number], "kadapt: interrupted\n")

@@ -187,7 +187,8 @@ def _others(grid: Grid, out: Path, storage: str | None, jobs: int, before: int) 
     threads = max(1, all_threads // jobs)
     workers = [context.Process(target=_worker, args=(grid, out, storage, threads, before)) for _ in range(jobs - 1)]
     try:
-        resource_tracker.ensure_running()  # here, as its start lets signals through
+        if workers:
+            resource_tracker.ensure_running()  # here, as its start lets signals through
         with signals.blocked():  # for good in the workers, which Ctrl-C in a terminal reaches as well
             for worker in workers:
                 worker.start()
