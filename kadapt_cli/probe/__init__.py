@@ -475,5 +475,5 @@ def read_selection(file: Path) -> tuple[str, ...]:
             f"--targets: {file} is not as it was written (SHA-256 differs); restore it, or name the targets"
         )
     if not names:
-        raise UsageError(f"--targets: {file} selected nothing; see the reasons in it")
+        raise UsageError(f"--targets: {file} selected nothing; see the reasons in it, or name modules: --targets q,v")
     return tuple(names)
