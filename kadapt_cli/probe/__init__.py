@@ -183,12 +183,15 @@ def _dims(plan: Plan, candidate: Candidate) -> list[int]:
     """
     if plan.dims is not None:
         return list(plan.dims)
-    least, members = _least(plan, candidate), candidate.members
-    first, *more = sorted({max(d, least) for d in grid(candidate.size)})
-    if plan.base.projection == "fastfood":
-        return [first, *(d for d in more if subspace.training_numbers(members, d) <= 3 * candidate.size)]
-    stored = partial(subspace.stored_bytes, members, plan.base.projection)
-    return [first, *(d for d in more if stored(d) <= subspace.MAX_BYTES)]
+    projection, members = plan.base.projection, candidate.members
+
+    def has_room(d: int) -> bool:
+        if subspace.stored_bytes(members, projection, d) > subspace.MAX_BYTES:
+            return False
+        return projection != "fastfood" or subspace.training_numbers(members, d) <= 3 * candidate.size
+
+    first, *more = sorted({max(d, _least(plan, candidate)) for d in grid(candidate.size)})
+    return [first, *filter(has_room, more)]
 
 
 def _images(plan: Plan, seed: int) -> ImageSet:
