@@ -235,11 +235,12 @@ def graph_replays(setup: Setup, dtype: str) -> list[str]:
 
 
 def compiles_whole(setup: Setup, dtype: str) -> list[str]:
-    """torch.compile takes the operator without a break, and the bits stay."""
+    """torch.compile takes the operator without a break, and the bits stay but for dbias, which the compiler sums."""
     torch.compiler.reset()
     p, compiled = sample(setup, dtype), torch.compile(layer, fullgraph=True, backend=compiler(setup))
     found, eager = testing.run(p, compiled), testing.run(p, layer)
-    return [f"{name}: compiled is not eager" for name in eager if not torch.equal(found[name], eager[name])]
+    same = [f"{n}: compiled is not eager" for n in eager if n != "dbias" and not torch.equal(found[n], eager[n])]
+    return same + wrong(found, p, ["dbias"])
 
 
 def compiler(setup: Setup) -> str:

@@ -154,7 +154,7 @@ def gate(names: Sequence[str], shape: Shape, dtype: str, device: torch.device) -
     whole = testing.make(Shape(shape.d, min(shape.M, most)).case, DTYPES[dtype], str(device))
     for computes, problem in (("adapted", whole), ("frozen", replace(whole, factors=[], segments=[]))):
         answers = {name: t for name, t in testing.exact(problem).items() if name != "dbias"}  # which nothing computes
-        measure = testing.errors(testing.yardstick(problem), answers)
+        measure = testing.allowance(problem, answers)
         for row in rows.values():
             if CONTENDERS[row.contender].computes == computes:
                 _judge(row, problem, answers, measure)
