@@ -87,13 +87,14 @@ def fused(p: Problem, tile: Tile | None = None, tiles: BackwardTiles | None = No
     (M, K), N, width = p.x.shape, len(p.weight), len(p.factors) * plan.columns
     tiles = tiles or backward_tiles(p.x.device, p.x.dtype, M, K, plan, aligned(p.x, p.weight, p.dy))
     empty = functools.partial(torch.full, fill_value=torch.nan, dtype=p.x.dtype, device=p.x.device)
-    y, h, dx, right = empty((M, N)), empty((M, width)), empty((M, K)), empty((K, width))
+    y, h, dx = empty((M, N)), empty((M, width)), empty((M, K))
+    right, left = empty((K, width)), empty((N, plan.columns))
     grads: Any = [tuple(torch.full_like(t, torch.nan) for t in f if t is not None) for f in p.factors]
     results = {"y": y, "dx": dx}
     results |= {f"d{role}{i}": t for i, group in enumerate(grads) for role, t in zip("abuv", group, strict=True)}
     space = workspace(p.x, N, plan, tiles)
     return Fused(
-        forward_launches(p.x, p.weight, p.bias, y, h, right, p.factors, plan, p.scale, tile),
+        forward_launches(p.x, p.weight, p.bias, y, h, right, left, p.factors, plan, p.scale, tile),
         backward_launches(p.dy, p.x, p.weight, h, dx, grads, space, p.factors, plan, p.scale, tiles),
         results,
     )

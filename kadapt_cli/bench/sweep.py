@@ -92,7 +92,7 @@ def forward_candidates(shape: Shape, element: int, shared_limit: int) -> list[Ti
 def backward_candidates(base: BackwardTiles, name: str) -> list[BackwardTiles]:
     """The tiles with other values of one field."""
     if name == "splits":
-        return [base._replace(splits=splits) for splits in (16, 33, 66, 132, 264)]
+        return [base._replace(splits=splits) for splits in (4, 8, 16, 33, 66, 132)]
     product = itertools.product
     sizes: dict[str, list[Any]] = {
         "dx": [

@@ -321,8 +321,8 @@ def _forward(job: Job, layer: Layer) -> list["Launch"]:
     plan = layout(factors, segments, weight.shape[0])
     tile = job.tile or forward_tile(job.arch, x.dtype, job.rows, job.width, plan, job.aligned)
     h = x.new_empty(job.rows, len(factors) * plan.columns)
-    right = x.new_empty(job.width, len(factors) * plan.columns)
-    return forward_launches(x, weight, bias, dy, h, right, factors, plan, 1.0, tile)
+    right, left = x.new_empty(job.width, len(factors) * plan.columns), x.new_empty(len(weight), plan.columns)
+    return forward_launches(x, weight, bias, dy, h, right, left, factors, plan, 1.0, tile)
 
 
 def _backward(job: Job, layer: Layer) -> list["Launch"]:

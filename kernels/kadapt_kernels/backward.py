@@ -7,13 +7,14 @@ columns of dy::
     dL = s · dy_segᵀ h          (rows, R)      dR = xᵀ g                (K, R)
     da_t[j] = Σ_kρ dL[j·P + k, tρ] u_t[k, ρ]   du_t[k, ρ] = Σ_j dL[j·P + k, tρ] a_t[j]      and db, dv from dR alike
 
-Four launches:
+The launches:
 
+    compose    L and R, as in the forward
     left       g and dL in one pass over dy_seg, where a segment is short enough for one program's registers; else
-               `compose` and `project` make g and `tall` makes dL, and dy_seg is read twice
+               `project` makes g and `tall` makes dL, and dy_seg is read twice
     tall       dR in one pass over x, for all adapters at once
     contract   dL and dR to da, db, du, dv
-    dx         the frozen layer's product plus one rank-R step an adapter, whose R tile is composed in the epilogue
+    dx         the frozen layer's product plus one product with all columns of g and R
 
 Extra work over the frozen layer's backward for one segment: 2·M·R·(rows + K) multiply-adds, where a dense dW takes
 M·rows·K. Extra bytes: one read (or two) of dy_seg, one of x, and g and h, M·R numbers each.
@@ -45,8 +46,8 @@ from kadapt_kernels.blocks import (
     row_stride,
 )
 from kadapt_kernels.factors import KronFactors, Rows
-from kadapt_kernels.forward import COMPOSE_ROWS, compose_kernel
-from kadapt_kernels.tiles import BackwardTiles, Tile, aligned, backward_tiles
+from kadapt_kernels.forward import compose_launch
+from kadapt_kernels.tiles import RANK_STEP, BackwardTiles, Tile, aligned, backward_tiles
 
 CONTRACT_ROWS = 32
 CONTRACT_NUMBERS = 16384  # partials that one program of `contract` has under way at most: 64 registers a thread
@@ -131,17 +132,14 @@ def project_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """g from the composed left (LONGEST, G·R): program = (row block, adapter)."""
+    """g from left (N, R): program = (row block, adapter)."""
     G: tl.constexpr = len(BLOCKS)
     m0 = (tl.program_id(0) // G) * BLOCK_M
     start, _, stop, adapter = locate(tl.program_id(0) % G, LONGEST, BLOCKS, ALIGNMENT)
     acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
     for n0 in range(start, stop, BLOCK_K):
         dy_tile = load_tile(dy, m0, n0, stride_dym, M, stop, BLOCK_M, BLOCK_K, False, EVEN_N, False)
-        left_tile = load_tile(
-            left, n0 - start, adapter * COLUMNS, G * COLUMNS, stop - start, G * COLUMNS, BLOCK_K, COLUMNS,
-            EVEN_N, True, False,
-        )  # fmt: skip
+        left_tile = load_tile(left, n0, 0, COLUMNS, stop, COLUMNS, BLOCK_K, COLUMNS, EVEN_N, True, False)
         acc = dot(dy_tile, left_tile, acc, PRECISION)
     _store_g(g, acc, scale, m0, adapter, M, G, BLOCK_M, COLUMNS)
 
@@ -188,28 +186,26 @@ def dx_kernel(
     w,
     dx,
     g,
-    b,
-    v,
+    right,
     M,
     stride_dym,
     stride_wn,
     stride_dxm,
     N: tl.constexpr,
     K: tl.constexpr,
-    SHAPES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dx = dy W + Σ g Rᵀ; BLOCK_N cuts K (the columns of dx), BLOCK_K cuts N (the contraction).
+    """dx = dy W + g Rᵀ with the WIDTH columns of all adapters; BLOCK_N cuts K (the columns of dx), BLOCK_K cuts N.
 
     The programs of one row block are neighbours: together they read those rows of dy once from memory, and all of W
     stays in the cache.
     """
-    G: tl.constexpr = len(SHAPES)
     TILES: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     EVEN_N: tl.constexpr = N % BLOCK_K == 0
     EVEN_K: tl.constexpr = K % BLOCK_N == 0
@@ -220,15 +216,15 @@ def dx_kernel(
         dy_tile = load_tile(dy, m0, n0, stride_dym, M, N, BLOCK_M, BLOCK_K, False, EVEN_N, DESCRIPTOR)
         w_tile = load_tile(w, n0, k0, stride_wn, N, K, BLOCK_K, BLOCK_N, EVEN_N, EVEN_K, DESCRIPTOR)
         acc = dot(dy_tile, w_tile, acc, PRECISION)
-    k = k0 + tl.arange(0, BLOCK_N)
-    for i in tl.static_range(G):
-        g_tile = load_tile(g, m0, i * COLUMNS, G * COLUMNS, M, G * COLUMNS, BLOCK_M, COLUMNS, False, True, False)
-        right = columns(b[i], v[i], 1.0, k, SHAPES[i][0], SHAPES[i][2], SHAPES[i][3], SHAPES[i][4], COLUMNS)
-        acc = dot(g_tile, right.to(g_tile.dtype), acc, PRECISION)
+    for column0 in tl.static_range(0, WIDTH, STEP):
+        g_tile = load_tile(g, m0, column0, WIDTH, M, WIDTH, BLOCK_M, STEP, False, True, DESCRIPTOR)
+        right_tile = load_tile(right, k0, column0, WIDTH, K, WIDTH, BLOCK_N, STEP, EVEN_K, True, DESCRIPTOR)
+        acc = dot(g_tile, right_tile.T, acc, PRECISION)
     if DESCRIPTOR:
         dx.store([m0, k0], acc.to(dx.dtype))
     else:
         m = m0 + tl.arange(0, BLOCK_M)
+        k = k0 + tl.arange(0, BLOCK_N)
         inside = (m < M)[:, None]
         if not EVEN_K:
             inside = inside & (k < K)[None, :]
@@ -373,13 +369,15 @@ class Workspace(NamedTuple):
 
     Attributes:
         g: (M, G·R) in the compute dtype.
-        left: (longest segment, G·R), L of all adapters side by side; None where `left_kernel` composes it itself.
+        right: (K, G·R), R of all adapters side by side, in the compute dtype.
+        left: (N, R), L on the adapted rows, likewise.
         d_left: (splits, N, R) partial sums of dL, unscaled; rows of frozen blocks are neither written nor read.
         d_right: (splits, K, G·R) partial sums of dR.
     """
 
     g: Tensor
-    left: Tensor | None
+    right: Tensor
+    left: Tensor
     d_left: Tensor
     d_right: Tensor
 
@@ -418,10 +416,10 @@ def workspace(x: Tensor, rows: int, plan: Layout, tiles: BackwardTiles) -> Works
     """Uninitialised; x (M, K), of a weight with that many rows. Also works on the meta device."""
     (M, K), width = x.shape, len(plan.shapes) * plan.columns
     left_splits, right_splits = _splits(K, plan, tiles)
-    longest = max((stop - start for start, stop, _ in _adapted(plan)), default=0)
     return Workspace(
         x.new_empty(M, width),
-        x.new_empty(longest, width) if tiles.left is None else None,
+        x.new_empty(K, width),
+        x.new_empty(rows, plan.columns),
         x.new_empty(left_splits, rows, plan.columns, dtype=torch.float32),
         x.new_empty(right_splits, K, width, dtype=torch.float32),
     )
@@ -444,12 +442,13 @@ def backward_launches(
     launches = []
     if factors:
         one_pass = tiles.left is not None
+        launches.append(compose_launch(space.right, space.left, factors, plan, 1.0))
         launches += (_left if one_pass else _project_and_tall)(dy, h, space, factors, plan, scale, tiles)
         whole = ((0, x.shape[1], 0),)
         launches.append(_tall(x, space.g, space.d_right, whole, gcd(16, x.shape[1]), tiles.tall))
         launches.append(_contraction(grads, space, factors, plan, scale))
     if dx is not None and dx.numel():
-        launches.append(_dx(dy, weight, dx, space.g, factors, plan, tiles.dx))
+        launches.append(_dx(dy, weight, dx, space, tiles.dx))
     return launches
 
 
@@ -515,18 +514,7 @@ def _project_and_tall(
     scale: float,
     tiles: BackwardTiles,
 ) -> list[Launch]:
-    assert space.left is not None
     tile, blocks = tiles.project, _adapted(plan)
-    longest = len(space.left)
-    compose = {
-        "out": space.left,
-        "a": tuple(f.a for f in factors),
-        "u": tuple(f.u for f in factors),
-        "rows": longest,
-        "SHAPES": tuple((s, q, p, t, r) for s, p, q, t, r in plan.shapes),  # P in the place of Q: L for R
-        "COLUMNS": plan.columns,
-        "BLOCK": COMPOSE_ROWS,
-    }
     project = {
         "dy": dy,
         "left": space.left,
@@ -537,14 +525,13 @@ def _project_and_tall(
         "BLOCKS": blocks,
         "COLUMNS": plan.columns,
         "ALIGNMENT": plan.alignment,
-        "LONGEST": longest,
+        "LONGEST": max(stop - start for start, stop, _ in blocks),
         "EVEN_N": all((stop - start) % tile.k == 0 for start, stop, _ in blocks),
         "BLOCK_M": tile.m,
         "BLOCK_K": tile.k,
         "PRECISION": precision(dy.dtype),
     }
     return [
-        Launch(compose_kernel, (triton.cdiv(longest, COMPOSE_ROWS),), compose, 4, 1),
         Launch(project_kernel, (triton.cdiv(len(dy), tile.m) * len(blocks),), project, tile.warps, tile.stages),
         _tall(dy, h, space.d_left, blocks, plan.alignment, tiles.tall),
     ]
@@ -577,26 +564,24 @@ def _tall(
     return Launch(tall_kernel, (splits * chunks,), arguments, tile.warps, tile.stages)
 
 
-def _dx(
-    dy: Tensor, weight: Tensor, dx: Tensor, g: Tensor, factors: Sequence[KronFactors], plan: Layout, tile: Tile
-) -> Launch:
-    (M, K), N = dx.shape, weight.shape[0]
+def _dx(dy: Tensor, weight: Tensor, dx: Tensor, space: Workspace, tile: Tile) -> Launch:
+    (M, K), N, width = dx.shape, weight.shape[0], space.g.shape[1]
+    step = gcd(RANK_STEP, width)
     tensors: dict[str, Any] = {"dy": dy, "w": weight, "dx": dx}
+    tensors |= {"g": space.g, "right": space.right} if width else {"g": dy, "right": weight}
     if tile.descriptor:
         blocks = {"dy": (tile.m, tile.k), "w": (tile.k, tile.n), "dx": (tile.m, tile.n)}
+        blocks |= {"g": (tile.m, step), "right": (tile.n, step)}
         tensors = {name: descriptor(t, blocks[name]) for name, t in tensors.items()}
     arguments = tensors | {
-        "g": g,
-        "b": tuple(f.b for f in factors),
-        "v": tuple(f.v for f in factors),
         "M": M,
         "stride_dym": row_stride(dy),
         "stride_wn": row_stride(weight),
         "stride_dxm": row_stride(dx),
         "N": N,
         "K": K,
-        "SHAPES": plan.shapes,
-        "COLUMNS": plan.columns,
+        "WIDTH": width,
+        "STEP": step,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,

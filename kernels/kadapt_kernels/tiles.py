@@ -72,6 +72,7 @@ Choice = TypeVar("Choice", Tile, BackwardTiles)
 Table = Mapping[str, Mapping[int, tuple[Tile, ...]]]  # architecture -> bytes an element -> tiles, the larger first
 
 GENERIC = "generic"
+RANK_STEP = 64  # most columns of g that dx takes at a time
 LEFT_WARPS, TALL_WARPS = 8, 16  # that a processor's registers hold
 SHARED_LIMIT: Mapping[str, int] = {
     "sm_80": 163 * 1024,
@@ -350,8 +351,9 @@ def forward_shared(tile: Tile, dtype: torch.dtype, columns: int, arch: str) -> i
 
 
 def dx_shared(tile: Tile, dtype: torch.dtype, arch: str) -> int:
-    """Bytes of shared memory of dx: dy and W for each stage; the result takes their place."""
-    return max(_buffers(tile, arch) * (tile.m + tile.n) * tile.k, tile.m * tile.n) * dtype.itemsize
+    """Bytes of shared memory of dx: dy and W for each stage; g and R, then the result, take their place."""
+    loop = _buffers(tile, arch) * (tile.m + tile.n) * tile.k
+    return max(loop, (tile.m + tile.n) * RANK_STEP, tile.m * tile.n) * dtype.itemsize
 
 
 def project_shared(tile: Tile, dtype: torch.dtype, columns: int, arch: str) -> int:
