@@ -320,6 +320,7 @@ def methods(as_json: JsonFlag = False) -> None:
 
 @app.command()
 def compare(
+    context: typer.Context,
     data: Annotated[list[str], typer.Option(help="A data set as 'kadapt train' takes it; once for each.")],
     method: Annotated[
         list[str] | None, typer.Option(help="A method; once for each. \\[default: all but subspace]")
@@ -380,7 +381,8 @@ def compare(
     given |= {"shots": _drawn(shots, full_shot)}
     if trials is not None and search != "optuna":
         raise UsageError(f"--trials: is of --search optuna, but the search is {search}; leave it out")
-    if re.search("//[^/]*:[^/]*@", storage or "") and os.environ.get("KADAPT_STORAGE") != storage:
+    source = context.get_parameter_source("storage")
+    if re.search("//[^/]*:[^/]*@", storage or "") and getattr(source, "name", "") != "ENVIRONMENT":
         raise UsageError("--storage: holds a password, which other users can see; give it by KADAPT_STORAGE instead")
     if not math.isfinite(m0):
         raise UsageError(f"--m0: a finite number was expected, {m0} given")

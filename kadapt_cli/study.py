@@ -184,16 +184,7 @@ class OptunaStudy:
             raise UsageError(f"{where}: journal:PATH or the URL of a database was expected")
         self.errors = (OSError, SQLAlchemyError, optuna.exceptions.OptunaError)
         try:
-            if path is not None:
-                from optuna.storages import JournalStorage
-                from optuna.storages.journal import JournalFileBackend
-
-                backend: Any = JournalStorage(JournalFileBackend(path))
-            else:
-                backend = optuna.storages.RDBStorage(storage)
-            self.study = optuna.create_study(
-                storage=backend, study_name="kadapt-compare", load_if_exists=True, direction="maximize"
-            )
+            self.study = self._opened(storage, path)
         except ImportError as error:
             name = getattr(error.__cause__ or error, "name", None) or "the package that the URL names"
             raise UsageError(f"{where}: its driver is missing; run: pip install {name}") from None
@@ -205,6 +196,26 @@ class OptunaStudy:
         if "grid" not in self.study.user_attrs:
             self.study.set_user_attr("grid", grid)
         check_grid(where, dict(self.study.user_attrs["grid"]), json.loads(json.dumps(grid)))
+
+    def _opened(self, storage: str, path: str | None, left: int = 5) -> Any:
+        """Optuna's study. Of processes that open an empty database at once one makes the tables; the others fail, wait,
+        and find them."""
+        try:
+            if path is not None:
+                from optuna.storages import JournalStorage
+                from optuna.storages.journal import JournalFileBackend
+
+                backend: Any = JournalStorage(JournalFileBackend(path))
+            else:
+                backend = self.optuna.storages.RDBStorage(storage)
+            return self.optuna.create_study(
+                storage=backend, study_name="kadapt-compare", load_if_exists=True, direction="maximize"
+            )
+        except self.errors as error:
+            if left and "already exists" in str(error):
+                time.sleep(1)
+                return self._opened(storage, path, left - 1)
+            raise
 
     def records(self) -> list[Record]:
         """The records of all finished trials; one that is not as it was written is passed over and done again."""

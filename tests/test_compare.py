@@ -149,6 +149,41 @@ def test_a_storage_out_of_reach_is_one_line_without_its_password(tmp_path):
     assert "secret" not in str(caught.value)
 
 
+def test_processes_that_open_an_empty_database_at_once_all_get_the_study(tmp_path, monkeypatch):
+    """All but one fail as the tables appear: a database says so in its own words."""
+    optuna = pytest.importorskip("optuna", reason="needs the search extra")
+    from sqlalchemy.exc import ProgrammingError
+
+    real, failures = optuna.storages.RDBStorage.__init__, [2]
+
+    def opened(self, url):
+        if failures[0]:
+            failures[0] -= 1
+            raise ProgrammingError("CREATE TABLE studies", {}, Exception('relation "studies" already exists'))
+        real(self, url)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "__init__", opened)
+    monkeypatch.setattr("kadapt_cli.study.time.sleep", lambda _: None)
+    assert open_study(tmp_path, f"sqlite:///{tmp_path}/study.db", GRID).records() == []
+    assert failures == [0]
+
+    failures[0] = 100
+    with pytest.raises(MachineError, match=r"cannot be opened .*already exists"):
+        open_study(tmp_path, f"sqlite:///{tmp_path}/study.db", GRID)
+
+
+def test_a_password_is_taken_from_the_environment_alone(run_cli, tmp_path, monkeypatch):
+    """Also where the environment has the same: what is typed, other users can see."""
+    url = "nonsense://me:secret@nowhere/db"
+    for value in (None, url):
+        monkeypatch.setenv("KADAPT_STORAGE", value) if value else monkeypatch.delenv("KADAPT_STORAGE", raising=False)
+        code, _, error = run_cli("compare", "--data", "demo", "--storage", url, "--out", tmp_path / "c")
+        assert (code, "give it by KADAPT_STORAGE instead" in error) == (2, True)
+    code, _, error = run_cli("compare", "--data", "demo", "--out", tmp_path / "c")
+    assert (code, "nonsense://nowhere/db cannot be opened" in error) == (5, True)
+    assert "secret" not in error
+
+
 def test_what_the_storage_holds_is_held_against_its_digest(tmp_path):
     pytest.importorskip("optuna", reason="needs the search extra")
     log = tmp_path / "log"
