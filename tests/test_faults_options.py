@@ -238,8 +238,8 @@ def _options() -> Iterator[tuple[list[str], str, Any, Any]]:
         for command in app.registered_commands:
             name = command.name or command.callback.__name__.replace("_", "-")
             for key, annotation in command.callback.__annotations__.items():
-                if key != "return" and isinstance(annotation.__metadata__[0], typer.models.OptionInfo):
-                    info = annotation.__metadata__[0]
+                info = None if key == "return" or annotation is typer.Context else annotation.__metadata__[0]
+                if isinstance(info, typer.models.OptionInfo):
                     named = isinstance(info.default, str) and info.default.startswith("--")
                     flag = info.default if named else f"--{key.replace('_', '-')}"
                     yield [*prefix, name], flag, _kind(annotation.__origin__), info
