@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kadapt_kernels.blocks import Launch, dot
+from kadapt_kernels.blocks import Launch
 from kadapt_kernels.hadamard import sides
 from kadapt_kernels.tiles import Tile
 
@@ -46,7 +46,7 @@ def hadamard_kernel(x, count, N: tl.constexpr, INNER: tl.constexpr, BLOCK_C: tl.
     for k0 in range(0, N, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         tile = tl.load(column + k[:, None] * INNER, mask=inside, other=0.0)
-        acc = dot(_sign(i, k[None, :]), tile, acc, "ieee")
+        acc = tl.dot(_sign(i, k[None, :]), tile, acc, input_precision="ieee")
 
     tl.debug_barrier()  # all of the tile is read, by every warp that needs it, before any of it is written over
     tl.store(column + i * INNER, acc, mask=inside)
