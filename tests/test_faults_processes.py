@@ -388,7 +388,7 @@ def test_two_comparisons_share_a_folder(images, tmp_path, tally, quick):
 def test_two_probes_of_one_folder(images, tmp_path, tally, quick):
     """One goes on, the other is told which process it is; the same command then finds all trials there."""
     arguments = ["probe-id", "--data", images, "--shots", 2, "--groups", "attn", "--per", "model", "--dims", 4]
-    arguments += ["--refine", 0, "--folds", 1, "--epochs", 1]
+    arguments += ["--refine", 0, "--folds", 1, "--epochs", 60]  # still at work when the second has started
     wrong = []
     seconds = [""] if quick else ["", runs.HOLDER, study.RECORDS]  # what the first has written when the second starts
     for number, second in enumerate(seconds):
