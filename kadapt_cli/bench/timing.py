@@ -29,7 +29,8 @@ class Row:
     """One line of the result; times are None where a contender was not timed, and `note` says why.
 
     `max_err` and `eager_err` are the largest error of y or any gradient relative to the largest number of the exact
-    answer: the contender's, and that of plain PyTorch in the same dtype. FLOPs and bytes are the frozen layer's.
+    answer: the contender's, and that of plain PyTorch in the same dtype (`kadapt_kernels.testing.allowance`). FLOPs and
+    bytes are the frozen layer's.
     """
 
     contender: str
