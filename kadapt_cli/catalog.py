@@ -126,7 +126,7 @@ def _timm_set(source: str, cache_bytes: int) -> NamedSet:
     prefix = prefix.lower()
     if prefix == "torch" and rest.lower() in ("folder", "image_folder"):
         raise DataError(f"{source}: a folder of classes is given by its own path, not as a named set")
-    with _reaching(source):
+    with _reaching(source), resumable():
         splits = {"train": _create(source, "train")}
         if prefix == "torch":
             splits["test"] = _create(source, "test" if rest.lower() in TRAIN_AND_TEST else "val")

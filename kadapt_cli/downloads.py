@@ -1,5 +1,7 @@
 """Downloads of torchvision's data sets that can be taken up again, are held against a checksum, and are unpacked whole.
 
+An archive is unpacked only if a published checksum holds for it: those of the user, or of a set without one, never are.
+
 torchvision knows where its sets are and what is in them; how a file comes here is replaced for the time of `resumable`.
 """
 
@@ -38,20 +40,23 @@ def resumable() -> Iterator[None]:
     """Let torchvision download to FILE.part, go on there after an interruption, and unpack whole or not at all.
 
     Raises:
-        DataError: A download that has another checksum than it should.
+        DataError: A download that has another checksum than it should, or an archive that would be unpacked unchecked.
         RuntimeError: A file that cannot be fetched; what arrived of it is kept.
     """
     from torchvision.datasets import caltech, pcam, utils
 
     fetched: list[str] = []
+    checked: set[Path] = set()  # archives whose checksum holds, and those that lay in them
     unpack, check = utils.extract_archive, utils.check_integrity
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # no member leaves the folder
 
     def is_whole(file: str | Path, md5: str | None = None) -> bool:
-        kind, expected = CHECKSUMS.get(Path(file).name, ("", ""))
-        if not kind:
-            return bool(check(file, md5))
-        return Path(file).is_file() and _digest(Path(file), kind) == expected
+        path = Path(file)
+        kind, expected = CHECKSUMS.get(path.name, ("", ""))
+        whole = path.is_file() and _digest(path, kind) == expected if kind else bool(check(file, md5))
+        if whole and (kind or md5):
+            checked.add(path)
+        return whole
 
     def fetch(url: str, filename: str | Path) -> None:
         fetched.append(url)
@@ -62,9 +67,15 @@ def resumable() -> Iterator[None]:
 
     def unpack_whole(from_path: Any, to_path: Any = None, remove_finished: bool = False) -> None:
         target = Path(to_path or Path(from_path).parent)
+        if Path(from_path) not in checked:
+            raise DataError(
+                f"{from_path}: no checksum is known to hold this archive against, so it is not unpacked; unpack it "
+                f"yourself into {target} if you trust it"
+            )
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".unpacking-") as scratch:
             unpack(from_path, scratch, remove_finished)
+            checked.update(target / path.relative_to(scratch) for path in Path(scratch).rglob("*.tar*"))
             _move_into(Path(scratch), target)
 
     mended = [

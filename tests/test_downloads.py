@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import io
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -156,24 +157,68 @@ def test_a_gzip_file_that_ends_early_leaves_nothing_that_looks_whole(tmp_path: P
     assert not (tmp_path / "x.h5").exists()
 
 
-def test_an_archive_is_unpacked_whole_or_not_at_all_and_joins_what_is_there(tmp_path: Path) -> None:
+def packed(archive: Path, *sources: Path, named: str) -> bytes:
+    """A tar archive of files, in the folder `named` of it."""
+    with tarfile.open(archive, "w") as made:
+        for source in sources:
+            made.add(source, f"{named}/{source.name}")
+    return archive.read_bytes()
+
+
+def unpack(archive: Path, target: Path, md5: str | None) -> None:
+    """What torchvision does with a download: hold it against its checksum, then unpack it."""
     from torchvision.datasets import utils
 
-    for name in ("a.bin", "b.bin"):
-        write(tmp_path / "made" / name, np.random.default_rng(0).bytes(100_000))
-    with tarfile.open(tmp_path / "set.tar", "w") as archive:
-        archive.add(tmp_path / "made", "set/images")
-    whole = (tmp_path / "set.tar").read_bytes()
+    assert utils.check_integrity(str(archive), md5)
+    utils.extract_archive(str(archive), str(target))
+
+
+def test_an_archive_is_unpacked_whole_or_not_at_all_and_joins_what_is_there(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.bin", "b.bin")]
+    for file in files:
+        write(file, np.random.default_rng(0).bytes(100_000))
+    whole = packed(tmp_path / "set.tar", *files, named="set/images")
     write(tmp_path / "here/set/labels/c.txt", "c")
     with downloads.resumable():
         write(tmp_path / "set.tar", whole[:150_000])
         with pytest.raises(tarfile.ReadError):
-            utils.extract_archive(tmp_path / "set.tar", tmp_path / "here")
+            unpack(tmp_path / "set.tar", tmp_path / "here", md5_of(whole[:150_000]))
         assert [path.name for path in (tmp_path / "here").rglob("*")] == ["set", "labels", "c.txt"]
         write(tmp_path / "set.tar", whole)
-        utils.extract_archive(tmp_path / "set.tar", tmp_path / "here")
-    files = sorted(path.name for path in (tmp_path / "here").rglob("*.*"))
-    assert files == ["a.bin", "b.bin", "c.txt"]
+        unpack(tmp_path / "set.tar", tmp_path / "here", md5_of(whole))
+    names = sorted(path.name for path in (tmp_path / "here").rglob("*.*"))
+    assert names == ["a.bin", "b.bin", "c.txt"]
+
+
+def test_an_archive_is_unpacked_only_if_a_checksum_holds(tmp_path: Path) -> None:
+    """One of the user, say, that lies where a download would; but an archive in an archive (Caltech-101) is covered."""
+    write(tmp_path / "a.txt", "a")
+    packed(tmp_path / "inner.tar", tmp_path / "a.txt", named="images")
+    outer = packed(tmp_path / "outer.tar", tmp_path / "inner.tar", named="parts")
+    here = tmp_path / "here"
+    with downloads.resumable():
+        with pytest.raises(DataError, match=r"/outer.tar: no checksum is known .* unpack it yourself into .*/here if"):
+            unpack(tmp_path / "outer.tar", here, None)
+        assert not here.exists()
+        unpack(tmp_path / "outer.tar", here, md5_of(outer))
+        from torchvision.datasets import utils
+
+        utils.extract_archive(str(here / "parts/inner.tar"), str(here))
+    assert (here / "images/a.txt").read_text() == "a"
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "/evil.txt"])
+def test_no_member_of_an_archive_leaves_its_folder(name: str, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "set.tar", "w") as made:
+        member = tarfile.TarInfo(name)
+        member.size = 4
+        made.addfile(member, io.BytesIO(b"evil"))
+        link = tarfile.TarInfo("set/link")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+        made.addfile(link)
+    with downloads.resumable(), pytest.raises(tarfile.FilterError):
+        unpack(tmp_path / "set.tar", tmp_path / "a/here", md5_of((tmp_path / "set.tar").read_bytes()))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "here", "set.tar"]
 
 
 def test_torchvision_is_left_as_it_was(server: Server, tmp_path: Path) -> None:
@@ -183,7 +228,7 @@ def test_torchvision_is_left_as_it_was(server: Server, tmp_path: Path) -> None:
     server.content = gzip.compress(b"pixels")
     with downloads.resumable():
         address = f"http://127.0.0.1:{server.server_port}/images-idx3-ubyte.gz"
-        utils.download_and_extract_archive(address, str(tmp_path))
+        utils.download_and_extract_archive(address, str(tmp_path), md5=md5_of(server.content))
     assert (tmp_path / "images-idx3-ubyte").read_bytes() == b"pixels"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images-idx3-ubyte", "images-idx3-ubyte.gz"]
     assert (utils._urlretrieve, utils._get_redirect_url, utils.extract_archive) == before
