@@ -24,7 +24,7 @@ from torch import Tensor
 from kadapt_cli import __version__, runs
 from kadapt_cli.adapters import Adapted, method
 from kadapt_cli.data import ImageSet, open_images
-from kadapt_cli.errors import CheckFailedError, DataError, UsageError
+from kadapt_cli.errors import CheckFailedError, DataError, UsageError, visible
 from kadapt_cli.evaluate import Run, load_backbone, logits, open_run, run_images, transform_of
 from kadapt_cli.models import MERGED, classifier_keys, full_model, merged_digest
 from kadapt_cli.tensors import ImageDataset
@@ -157,7 +157,7 @@ def _write(run: Run, state: dict[str, Tensor], folder: Path) -> None:
 
 
 def _card(run: Run) -> str:
-    """A short model card."""
+    """A short model card; what it says of the model is from files, and stays in its place."""
     model = run.info["model"]
     result = run.path / runs.RESULT
     try:
@@ -166,9 +166,11 @@ def _card(run: Run) -> str:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         score = ""  # not tested, or something else wrote it
     return (
-        f"---\nlibrary_name: timm\npipeline_tag: image-classification\nlicense: {model['license'] or 'other'}\n---\n\n"
-        f"# {model['architecture']} adapted to {len(run.classes)} classes\n\n"
-        f"{model['name']} with a {run.config.method} adapter merged into its weights by kadapt {__version__}.\n"
+        "---\nlibrary_name: timm\npipeline_tag: image-classification\n"
+        f"license: {json.dumps(model['license'] or 'other')}\n---\n\n"
+        f"# {visible(model['architecture'])} adapted to {len(run.classes)} classes\n\n"
+        f"`{visible(model['name'])}` with a {run.config.method} adapter merged into its weights by "
+        f"kadapt {__version__}.\n"
         f"{score}\n"
         "```python\nimport timm\nmodel = timm.create_model('local-dir:THIS_FOLDER', pretrained=True).eval()\n```\n"
     )

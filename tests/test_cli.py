@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton.language as tl
 import typer
+import yaml
 from PIL import Image
 
 from kadapt_cli import cli
@@ -203,6 +204,22 @@ def test_merge_refuses_success_when_logits_differ(run_cli, trained, tmp_path, mo
         "nothing was written",
     )
     assert not (tmp_path / "merged").exists()
+
+
+def test_the_card_of_a_merged_model_says_of_its_base_what_stands_there_and_no_more(run_cli, tiny, tmp_path):
+    config = json.loads((tiny.folder / "model/config.json").read_text())
+    shutil.copytree(tiny.folder / "model", tmp_path / "a\n# evil")
+    config["pretrained_cfg"]["license"] = "mit\n---\n# evil"
+    (tmp_path / "a\n# evil/config.json").write_text(json.dumps(config))
+    model = f"local-dir:{tmp_path / 'a'}\n# evil"
+    code, _, err = run_cli(*tiny.train, "--model", model, "--epochs", 1, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert run_cli("merge-weights", tmp_path / "run", "--out", tmp_path / "merged")[0] == 0
+    _, front, text = (tmp_path / "merged/README.md").read_text().split("---\n")
+    expected = {"library_name": "timm", "pipeline_tag": "image-classification", "license": "mit\n---\n# evil"}
+    assert yaml.safe_load(front) == expected
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings == ["# vit_tiny_patch16_224 adapted to 2 classes"]
 
 
 def test_merge_is_also_called_merge(run_cli, trained, tmp_path):
