@@ -5,6 +5,7 @@ fresh process loads it with `timm.create_model("local-dir:DIR", pretrained=True)
 must agree with the adapted model's.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -85,9 +86,12 @@ def _becoming(out: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
+        try:
+            folder.rename(out)  # also over an empty folder
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise UsageError(f"--out: {out} was made by another process meanwhile; give another folder") from None
         folder = out
         runs.sync_folder(out.parent)
     except BaseException:

@@ -206,6 +206,23 @@ def test_merge_refuses_success_when_logits_differ(run_cli, trained, tmp_path, mo
     assert not (tmp_path / "merged").exists()
 
 
+def test_of_two_merges_into_one_folder_the_first_to_end_has_it(run_cli, tiny, tmp_path, monkeypatch):
+    from kadapt_cli import merge
+
+    verify, out = merge._verify, tmp_path / "merged"
+    command = [sys.executable, "-m", "kadapt_cli", "merge-weights", str(tmp_path / "run"), "--out", str(out)]
+
+    def overtaken(*arguments):
+        subprocess.run(command, check=True, capture_output=True)
+        return verify(*arguments)
+
+    assert run_cli(*tiny.train, "--epochs", 1, "--out", tmp_path / "run")[0] == 0
+    monkeypatch.setattr(merge, "_verify", overtaken)
+    refuse(run_cli("merge-weights", tmp_path / "run", "--out", out), 2, f"--out: {out} was made by another process")
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "run"]
+
+
 def test_the_card_of_a_merged_model_says_of_its_base_what_stands_there_and_no_more(run_cli, tiny, tmp_path):
     config = json.loads((tiny.folder / "model/config.json").read_text())
     shutil.copytree(tiny.folder / "model", tmp_path / "a\n# evil")
