@@ -109,6 +109,7 @@ class Session:
     kept_epoch: int = 0  # whose adapter is in the run folder
     stop: signal.Signals | None = None  # that asked to stop
     validating: bool = False  # where a signal need not wait for the end
+    repeatable: bool = False  # where one need not wait for long: what is being done changes nothing
     epoch_time_s: float = 0.0
     rank: int = 0  # of this process among `world` that train together
     world: int = 1

@@ -1,7 +1,8 @@
 """Ctrl-C, SIGTERM and SIGUSR1: how each ends a command, and with which exit code.
 
 Outside of training a signal raises `Stopped` where the program is, so that what is open is closed. Training puts a
-handler of its own before that: it ends the step and saves. A second signal ends the process at once, whatever it does.
+handler of its own before that: it ends the step, unless that takes long, and saves. A second signal ends the process at
+once, whatever it does.
 
 A handler may run in the middle of a write to stderr, whose buffer cannot be entered twice: what a handler says goes
 straight to the file descriptor.
@@ -17,6 +18,7 @@ from typing import NoReturn
 
 from kadapt_cli.errors import INTERRUPTED, PREEMPTED, TERMINATED
 
+LATE_S = 2.0  # that what a signal waits for may take
 EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGUSR1: PREEMPTED}
 
 
@@ -28,8 +30,14 @@ class Stopped(BaseException):
         self.exit_code = EXIT_CODES[number]
 
 
-def install(first: Callable[[signal.Signals], object]) -> Callable[[], None]:
-    """Call `first` at the first signal from now on; the second ends the process. Returns what takes this back."""
+Handler = Callable[[signal.Signals], object]
+
+
+def install(first: Handler, late: Handler | None = None) -> Callable[[], None]:
+    """Call `first` at the first signal from now on, and `late` where this is still in force `LATE_S` after that.
+
+    The second signal ends the process. Returns what takes this back.
+    """
     asked: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -37,10 +45,20 @@ def install(first: Callable[[signal.Signals], object]) -> Callable[[], None]:
             os._exit(EXIT_CODES[signal.Signals(number)])
         asked.append(number)
         first(signal.Signals(number))
+        if late is not None:
+            signal.setitimer(signal.ITIMER_REAL, LATE_S)
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        if late is not None:
+            late(signal.Signals(asked[0]))
 
     old = {number: signal.signal(number, handle) for number in EXIT_CODES}
+    if late is not None:
+        old[signal.SIGALRM] = signal.signal(signal.SIGALRM, ring)
 
     def restore() -> None:
+        if late is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in old.items():
             signal.signal(number, handler)
 
@@ -48,9 +66,9 @@ def install(first: Callable[[signal.Signals], object]) -> Callable[[], None]:
 
 
 @contextmanager
-def handled(first: Callable[[signal.Signals], object]) -> Iterator[None]:
+def handled(first: Handler, late: Handler | None = None) -> Iterator[None]:
     """`install` for the duration."""
-    restore = install(first)
+    restore = install(first, late)
     try:
         yield
     finally:

@@ -164,16 +164,60 @@ def fit(session: Session, display: Display) -> None:
         if session.validating:
             signals.stop(number)
 
-    with signals.handled(ask), display.training(session.config.epochs, len(session.train)):
+    def leave(number: signal.Signals) -> None:
+        if session.repeatable:
+            signals.stop(number)
+
+    with (
+        signals.handled(ask, late=leave),
+        _heard_in_backward(session),
+        display.training(session.config.epochs, len(session.train)),
+    ):
         while not session.finished:
-            _run_epoch(session, display)
             try:
+                _run_epoch(session, display)
                 _end_epoch(session, display)
-            except signals.Stopped:  # in validation, which a run that goes on begins with
+            except signals.Stopped:  # in validation or a long step, which a run that goes on begins with
                 if session.writes:
                     save_state(session)
             _leave_if(_agreed_stop(session), session)
     _leave_if(_agreed_stop(session), session)  # asked for since
+
+
+@contextmanager
+def _heard_in_backward(session: Session) -> Iterator[None]:
+    """Let handlers of signals run after each block of a backward pass on a CPU, which is one long call otherwise."""
+
+    def pause(block: nn.Module, given: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: None)
+
+    blocks: Any = session.adapted.backbone.module.blocks if session.device.type == "cpu" else ()
+    hooks = [block.register_forward_hook(pause) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _repeatable(session: Session) -> Iterator[None]:
+    """What is done here changes nothing that is saved: a signal that has waited for long ends it.
+
+    On a CPU alone: on a GPU steps are short, and compilers, which no exception may pass, run in the first of them.
+    """
+    rng = torch.get_rng_state()
+    session.repeatable = session.world == 1 and session.device.type == "cpu"
+    try:
+        if session.repeatable and session.stop:
+            signals.stop(session.stop)  # it came before the step
+        yield
+    except signals.Stopped:
+        torch.set_rng_state(rng)
+        raise
+    finally:
+        session.repeatable = False
 
 
 def _solve_head(session: Session, display: Display) -> None:
@@ -249,7 +293,8 @@ def _step(session: Session, images: Tensor, labels: Tensor, batch: int, display:
         group["lr"] = learning_rate(session.step, session)
     while True:
         try:
-            sums = _gradients(session, images, labels, batch)
+            with _repeatable(session):
+                sums = _gradients(session, images, labels, batch)
             break
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

@@ -564,6 +564,72 @@ def test_a_signal_in_validation_does_not_wait_for_its_end(finished, photos, tmp_
     same_training(finished[0], tmp_path / "run")
 
 
+def signalled_at(call, monkeypatch, then=lambda: None):
+    """SIGTERM comes in the loss of a step of training, which then goes on with `then`."""
+    real, calls = training.loss_sum, []
+
+    def interrupted(values, labels):
+        calls.extend([1] * values.requires_grad)
+        if len(calls) == call and values.requires_grad:
+            os.kill(os.getpid(), signal.SIGTERM)
+            then()
+        return real(values, labels)
+
+    monkeypatch.setattr(training, "loss_sum", interrupted)
+
+
+def test_a_step_is_ended_and_saved_at_a_signal(finished, photos, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        signalled_at(5, patch)
+        with pytest.raises(InterruptedRunError, match="SIGTERM: saved after 5 steps") as caught:
+            training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
+    assert caught.value.exit_code == 143
+    assert runs.load_state(tmp_path / "run")[1]["step"] == 5
+    training.train(config_for(photos), tmp_path / "run", resume=True, display=quiet())
+    same_training(finished[0], tmp_path / "run")
+
+
+def test_a_long_step_is_left_at_a_signal_and_done_again(finished, photos, tmp_path, monkeypatch):
+    """The step of a large model takes half a minute on a CPU. It drew numbers, which a run that goes on draws again."""
+
+    def take_long():
+        torch.rand(3)
+        time.sleep(30)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signals, "LATE_S", 0.1)
+        signalled_at(5, patch, take_long)
+        before = time.perf_counter()
+        with pytest.raises(InterruptedRunError, match="SIGTERM: saved after 4 steps"):
+            training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
+        assert time.perf_counter() - before < 20
+    assert runs.load_state(tmp_path / "run")[1]["step"] == 4
+    training.train(config_for(photos), tmp_path / "run", resume=True, display=quiet())
+    same_training(finished[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["kadaptation", "full", "lora"])
+def test_a_backward_pass_is_left_between_blocks(photos, tmp_path, monkeypatch, method):
+    real, sessions = training.prepare, []
+
+    def prepared(*arguments, **options):
+        sessions.append(real(*arguments, **options))
+        last = sessions[0].adapted.backbone.module.blocks[-1]
+        last.register_forward_hook(lambda block, given, output: slow(output) if output.requires_grad else None)
+        return sessions[0]
+
+    def slow(output):
+        output.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGTERM))
+
+    monkeypatch.setattr(training, "prepare", prepared)
+    monkeypatch.setattr(signals, "LATE_S", 1e-3)  # after the hook, before the next block
+    with pytest.raises(InterruptedRunError, match="SIGTERM: saved after 0 steps"):
+        training.train(config_for(photos, method=method), tmp_path / "run", resume=False, display=quiet())
+    reached = [name for name, parameter in sessions[0].parameters.items() if parameter.grad is not None]
+    assert reached
+    assert not [name for name in reached if ".0." in name]
+
+
 def test_a_signal_in_the_last_measurement_says_how_to_go_on(finished, photos, tmp_path, monkeypatch):
     def interrupted(session, display):
         signals.stop(signal.SIGTERM)
