@@ -34,7 +34,7 @@ Handler = Callable[[signal.Signals], object]
 
 
 def install(first: Handler, late: Handler | None = None) -> Callable[[], None]:
-    """Call `first` at the first signal from now on, and `late` where this is still in force `LATE_S` after that.
+    """Call `first` at the first signal from now on, and `late` every `LATE_S` after that while this is in force.
 
     The second signal ends the process. Returns what takes this back.
     """
@@ -46,7 +46,7 @@ def install(first: Handler, late: Handler | None = None) -> Callable[[], None]:
         asked.append(number)
         first(signal.Signals(number))
         if late is not None:
-            signal.setitimer(signal.ITIMER_REAL, LATE_S)
+            signal.setitimer(signal.ITIMER_REAL, LATE_S, LATE_S)
 
     def ring(number: int, frame: FrameType | None) -> None:
         if late is not None:

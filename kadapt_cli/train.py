@@ -210,8 +210,6 @@ def _repeatable(session: Session) -> Iterator[None]:
     rng = torch.get_rng_state()
     session.repeatable = session.world == 1 and session.device.type == "cpu"
     try:
-        if session.repeatable and session.stop:
-            signals.stop(session.stop)  # it came before the step
         yield
     except signals.Stopped:
         torch.set_rng_state(rng)

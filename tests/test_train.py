@@ -564,23 +564,22 @@ def test_a_signal_in_validation_does_not_wait_for_its_end(finished, photos, tmp_
     same_training(finished[0], tmp_path / "run")
 
 
-def signalled_at(call, monkeypatch, then=lambda: None):
-    """SIGTERM comes in the loss of a step of training, which then goes on with `then`."""
+def in_loss(call, act, monkeypatch):
+    """`act` is called in the loss of a step of training."""
     real, calls = training.loss_sum, []
 
-    def interrupted(values, labels):
+    def acting(values, labels):
         calls.extend([1] * values.requires_grad)
         if len(calls) == call and values.requires_grad:
-            os.kill(os.getpid(), signal.SIGTERM)
-            then()
+            act()
         return real(values, labels)
 
-    monkeypatch.setattr(training, "loss_sum", interrupted)
+    monkeypatch.setattr(training, "loss_sum", acting)
 
 
 def test_a_step_is_ended_and_saved_at_a_signal(finished, photos, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        signalled_at(5, patch)
+        in_loss(5, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
         with pytest.raises(InterruptedRunError, match="SIGTERM: saved after 5 steps") as caught:
             training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
     assert caught.value.exit_code == 143
@@ -589,8 +588,19 @@ def test_a_step_is_ended_and_saved_at_a_signal(finished, photos, tmp_path, monke
     same_training(finished[0], tmp_path / "run")
 
 
-def test_a_long_step_is_left_at_a_signal_and_done_again(finished, photos, tmp_path, monkeypatch):
-    """The step of a large model takes half a minute on a CPU. It drew numbers, which a run that goes on draws again."""
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_long_step_is_left_at_a_signal_and_done_again(finished, photos, tmp_path, monkeypatch, earlier):
+    """The step of a large model takes half a minute on a CPU. It drew numbers, which a run that goes on draws again.
+
+    Also where the signal comes, and has waited for as long as it waits, before the step.
+    """
+    real = training._step
+
+    def step(session, *rest):
+        if session.step == 4 and earlier:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.15)
+        real(session, *rest)
 
     def take_long():
         torch.rand(3)
@@ -598,7 +608,8 @@ def test_a_long_step_is_left_at_a_signal_and_done_again(finished, photos, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(signals, "LATE_S", 0.1)
-        signalled_at(5, patch, take_long)
+        patch.setattr(training, "_step", step)
+        in_loss(5, take_long if earlier else lambda: (os.kill(os.getpid(), signal.SIGTERM), take_long()), patch)
         before = time.perf_counter()
         with pytest.raises(InterruptedRunError, match="SIGTERM: saved after 4 steps"):
             training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet())
