@@ -16,7 +16,7 @@ from kadapt_cli import train as training
 
 pytestmark = pytest.mark.faults
 ROW = "a failing disk: exit 5, one line, the old state whole"
-ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EMFILE, 0)  # 0: half is written, then the disk is full
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EMFILE, 0)  # 0: half a write, then ENOSPC
 NO_MORE = 99  # exit code of a command with fewer operations
 
 
