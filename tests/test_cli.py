@@ -210,16 +210,16 @@ def test_of_two_merges_into_one_folder_the_first_to_end_has_it(run_cli, tiny, tm
     from kadapt_cli import merge
 
     verify, out = merge._verify, tmp_path / "merged"
-    command = [sys.executable, "-m", "kadapt_cli", "merge-weights", str(tmp_path / "run"), "--out", str(out)]
 
     def overtaken(*arguments):
-        subprocess.run(command, check=True, capture_output=True)
+        out.mkdir()
+        (out / "config.json").write_text("the other's")
         return verify(*arguments)
 
     assert run_cli(*tiny.train, "--epochs", 1, "--out", tmp_path / "run")[0] == 0
     monkeypatch.setattr(merge, "_verify", overtaken)
     refuse(run_cli("merge-weights", tmp_path / "run", "--out", out), 2, f"--out: {out} was made by another process")
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("config.json", "the other's")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "run"]
 
 
@@ -246,10 +246,9 @@ def test_merge_is_also_called_merge(run_cli, trained, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "merged"), [("kadaptation", True), ("adapter", False)])
-def test_what_to_type_next(run_cli, tmp_path, method, merged):
+def test_what_to_type_next(run_cli, tiny, tmp_path, method, merged):
     """Of a method that cannot be merged, nothing is said of merging."""
-    options = ("--shots", "2", "--val", "none", "--epochs", "1")
-    code, out, _ = run_cli("train", "--method", method, *options, "--out", str(tmp_path / "run"))
+    code, out, _ = run_cli(*tiny.train, "--method", method, "--epochs", 1, "--out", tmp_path / "run")
     commands = [line.split() for line in out.partition("next:\n")[2].splitlines()]
     assert code == 0
     assert [words[1] for words in commands] == ["eval", "predict", *["merge-weights"] * merged]
