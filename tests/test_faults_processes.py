@@ -160,23 +160,21 @@ def test_readers_during_saves_see_whole_states(tmp_path, tally, quick):
 
 def test_eval_while_a_run_saves_after_every_step(images, tmp_path, tally, quick):
     """`kadapt eval` is right or says that there is no adapter yet; never half of one."""
-    out = tmp_path / "run"
-    epochs, count = (3, 1) if quick else (16, 12)
-    first = faults.Trial(
-        faults.command(*options(images, method="kadaptation", epochs=epochs), "--patience", epochs, "--out", out)
-    )
+    out, epochs, count = tmp_path / "run", 100_000, 1 if quick else 12
+    longer = ("--patience", epochs, "--out", out)  # than all that is read meanwhile
+    writer = faults.Trial(faults.command(*options(images, method="kadaptation", epochs=epochs), *longer), limit_s=120)
     until((out / runs.STATE).exists)
     found = faults.kadapt("eval", out, "--json")
     assert found.code == 0 or (found.code == 4 and runs.ADAPTER in found.said)
     until((out / runs.ADAPTER).exists)
-    during = 0
+    epoch = runs.load_state(out)[1]["epoch"]
     for _ in range(count):
         found = faults.kadapt("eval", out, "--json")
         assert (found.code, found.err) == (0, ""), found
         assert json.loads(found.out)["split"] == "test"
-        during += not (out / runs.RESULT).exists()
-    assert during
-    assert first.wait().code == 0
+    assert runs.load_state(out)[1]["epoch"] > epoch
+    writer.send(signal.SIGTERM)
+    assert writer.wait().code == 143
     tally(ROW, count + 1)
 
 
