@@ -679,6 +679,26 @@ def test_deterministic_asks_for_it_and_changes_nothing_on_a_cpu(tiny, tmp_path):
     assert faults.differences(tmp_path / "asked", tmp_path / "plain") == []
 
 
+@pytest.mark.parametrize("seen", ["the old one", "half of each"])
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch, seen):
+    path, real, calls = tmp_path / runs.STATE, runs._read_tensors, []
+    runs.save_tensors(path, "state", {"a": torch.zeros(3)}, {"number": 1})
+
+    def overtaken(path, kind):
+        calls.append(path)
+        if len(calls) > 1:
+            return real(path, kind)
+        old = real(path, kind)
+        runs.save_tensors(path, "state", {"a": torch.ones(3)}, {"number": 2})
+        if seen == "half of each":
+            raise ModelError(f"{path}: damaged")
+        return old
+
+    monkeypatch.setattr(runs, "_read_tensors", overtaken)
+    tensors, info = runs.load_tensors(path, "state")
+    assert (tensors["a"].tolist(), info["number"], len(calls)) == ([1, 1, 1], 2, 2)
+
+
 def test_files_have_the_modes_of_the_umask(tiny, tmp_path):
     def action():
         os.umask(0o027)
