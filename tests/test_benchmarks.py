@@ -8,11 +8,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 from PIL import Image, ImageOps
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_train_step_compares_all_contenders_in_one_run(tmp_path):
     command = [sys.executable, BENCHMARKS / "train_step.py", "--rounds", "1", "--batch-size", "4", "--threads", "1"]
     subprocess.run([*command, "--csv", tmp_path / "rows.csv"], check=True, capture_output=True)

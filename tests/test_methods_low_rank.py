@@ -23,6 +23,7 @@ CLIP = "vit_base_patch32_clip_quickgelu_224"
 BEIT = "beitv2_base_patch16_224"
 # fused qkv; separate projections; biases beside a fused qkv; a CLIP tower with its projection
 SIZES = {"vit32": 32, "eva02_tiny_patch14_224": 56, BEIT: 64, CLIP: 64}
+MODELS = [pytest.param(name, marks=pytest.mark.slow) if name in (BEIT, CLIP) else name for name in SIZES]
 AVERAGE_HEAD = 513 * 1151 / 20  # parameters; mean over the 20 few-shot sets of ELEVATER
 
 
@@ -72,7 +73,7 @@ def test_parameters_on_vit_b(method):
     assert trained == {id(p) for p in adapted.parameters().values()}
 
 
-@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", METHODS_HERE)
 def test_starts_equal_is_alive_and_batch_invariant(method, model):
     case = Case(method, model)
@@ -98,7 +99,7 @@ def test_starts_equal_is_alive_and_batch_invariant(method, model):
     assert (together - alone).abs().max() < 1e-4 * together.abs().max()
 
 
-@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", ["lora", "lokr"])
 def test_merged_equals_adapted(method, model):
     case = Case(method, model).move()

@@ -176,8 +176,9 @@ def test_every_backend_takes_a_whole_rectangular_layer(layer, dtype, backend):
 
 
 @pytest.mark.parametrize("method", ["kadaptation", "lora"])
-def test_a_run_with_these_targets_is_read_again(method, tmp_path):
-    config = TrainConfig(method=method, targets=("attn", "blocks.[45].mlp"), shots=3, epochs=1, augment="none")
+def test_a_run_with_these_targets_is_read_again(method, tiny, tmp_path):
+    targets, data = ("attn", "blocks.[45].mlp"), str(tiny.folder / "photos")
+    config = TrainConfig(data=data, method=method, targets=targets, shots=3, epochs=1, batch_size=2, augment="none")
     (tmp_path / "config.toml").write_text(to_toml(config))
     assert resolve({}, tmp_path / "config.toml") == config
     training.train(config, tmp_path / "run", resume=False, display=Display(Console(stderr=True), quiet=True))
