@@ -1,6 +1,6 @@
 """Downloads of torchvision's data sets that can be taken up again, are held against a checksum, and are unpacked whole.
 
-An archive is unpacked only if a published checksum holds for it: those of the user, or of a set without one, never are.
+A download is unpacked only if a published checksum holds for it, or for the archive that it lay in.
 
 torchvision knows where its sets are and what is in them; how a file comes here is replaced for the time of `resumable`.
 """

@@ -163,17 +163,19 @@ def test_eval_while_a_run_saves_after_every_step(images, tmp_path, tally, quick)
     out, epochs, count = tmp_path / "run", 100_000, 1 if quick else 12
     longer = ("--patience", epochs, "--out", out)  # than all that is read meanwhile
     writer = faults.Trial(faults.command(*options(images, method="kadaptation", epochs=epochs), *longer), limit_s=120)
-    until((out / runs.STATE).exists)
-    found = faults.kadapt("eval", out, "--json")
-    assert found.code == 0 or (found.code == 4 and runs.ADAPTER in found.said)
-    until((out / runs.ADAPTER).exists)
-    epoch = runs.load_state(out)[1]["epoch"]
-    for _ in range(count):
+    try:
+        until((out / runs.STATE).exists)
         found = faults.kadapt("eval", out, "--json")
-        assert (found.code, found.err) == (0, ""), found
-        assert json.loads(found.out)["split"] == "test"
-    assert runs.load_state(out)[1]["epoch"] > epoch
-    writer.send(signal.SIGTERM)
+        assert found.code == 0 or (found.code == 4 and runs.ADAPTER in found.said)
+        until((out / runs.ADAPTER).exists)
+        epoch = runs.load_state(out)[1]["epoch"]
+        for _ in range(count):
+            found = faults.kadapt("eval", out, "--json")
+            assert (found.code, found.err) == (0, ""), found
+            assert json.loads(found.out)["split"] == "test"
+        assert runs.load_state(out)[1]["epoch"] > epoch
+    finally:
+        writer.send(signal.SIGTERM)
     assert writer.wait().code == 143
     tally(ROW, count + 1)
 

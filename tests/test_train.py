@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 import xml.etree.ElementTree as ET
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import safe_open
 
 from kadapt_cli import metrics, runs, signals
 from kadapt_cli import train as training
-from kadapt_cli.config import TrainConfig, resolve, to_toml
+from kadapt_cli.config import TrainConfig, resolve
 from kadapt_cli.errors import DivergedError, InterruptedRunError, KadaptError, MachineError, ModelError, UsageError
 from kadapt_cli.evaluate import open_run
 from kadapt_cli.models import load
@@ -239,25 +238,6 @@ def test_a_signal_as_training_ends_stops_before_the_test(photos, tmp_path, monke
     assert caught.value.exit_code == 143
 
 
-def test_a_commit_flushes_the_file_then_names_it_then_flushes_the_folder(tmp_path, monkeypatch):
-    seen, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda n: (seen.append(("flush", os.fstat(n).st_ino)), fsync(n)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(("name", os.stat(a).st_ino)), replace(a, b)))
-    file = tmp_path / "file"
-    runs.commit(file, "x")
-    inode, folder = file.stat().st_ino, tmp_path.stat().st_ino
-    assert seen == [("flush", inode), ("name", inode), ("flush", folder)]
-    seen.clear()
-    with runs.held(tmp_path / "new" / "run"):
-        assert seen[:2] == [("flush", (tmp_path / "new").stat().st_ino), ("flush", folder)]
-
-
-def test_a_description_that_was_read_brings_no_digest_of_its_own(tmp_path):
-    runs.save_tensors(tmp_path / "x", "adapter", {"a": torch.ones(2)}, {})
-    runs.save_tensors(tmp_path / "x", "adapter", {"a": torch.zeros(2)}, runs.load_tensors(tmp_path / "x", "adapter")[1])
-    assert not runs.load_tensors(tmp_path / "x", "adapter")[0]["a"].any()
-
-
 @pytest.mark.parametrize("stop_after", [1, 3, 5, 6, 10])
 def test_resume_from_any_step_ends_with_the_same_bits(finished, photos, tmp_path, monkeypatch, stop_after):
     out, _ = finished
@@ -468,26 +448,6 @@ def test_a_damaged_adapter_is_refused(finished, tmp_path, damage):
     assert caught.value.exit_code == 4
 
 
-def test_toml_round_trip():
-    config = TrainConfig(data='we"ird\\ näme\n\x07', shots=3, targets=("q", "blocks.1.*"), pretrained=False, lr=1e-5)
-    assert TrainConfig.model_validate(tomllib.loads(to_toml(config))) == config
-
-
-def test_commit_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    runs.commit(path, "old")
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(MachineError, match=r"No space left on device.*earlier file is untouched") as caught:
-        runs.commit(path, "new")
-    assert caught.value.exit_code == 5
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert path.read_text() == "old"
-
-
 def test_config_does_not_depend_on_the_working_directory(photos, tmp_path, monkeypatch):
     """Trained with a relative path, resumed with the same one, and read from elsewhere."""
     monkeypatch.chdir(photos.parent)
@@ -677,33 +637,3 @@ def test_deterministic_asks_for_it_and_changes_nothing_on_a_cpu(tiny, tmp_path):
     assert faults.forked(action).out.endswith("True :4096:8\n")
     assert faults.kadapt(*tiny.train, "--out", tmp_path / "plain").code == 0
     assert faults.differences(tmp_path / "asked", tmp_path / "plain") == []
-
-
-@pytest.mark.parametrize("seen", ["the old one", "half of each"])
-def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch, seen):
-    path, real, calls = tmp_path / runs.STATE, runs._read_tensors, []
-    runs.save_tensors(path, "state", {"a": torch.zeros(3)}, {"number": 1})
-
-    def overtaken(path, kind):
-        calls.append(path)
-        if len(calls) > 1:
-            return real(path, kind)
-        old = real(path, kind)
-        runs.save_tensors(path, "state", {"a": torch.ones(3)}, {"number": 2})
-        if seen == "half of each":
-            raise ModelError(f"{path}: damaged")
-        return old
-
-    monkeypatch.setattr(runs, "_read_tensors", overtaken)
-    tensors, info = runs.load_tensors(path, "state")
-    assert (tensors["a"].tolist(), info["number"], len(calls)) == ([1, 1, 1], 2, 2)
-
-
-def test_files_have_the_modes_of_the_umask(tiny, tmp_path):
-    def action():
-        os.umask(0o027)
-        faults.command(*tiny.train, "--out", tmp_path / "run")()
-
-    assert faults.forked(action).code == 0
-    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "run").iterdir()}
-    assert {mode for name, mode in modes.items() if name != runs.LOCK} == {"0o640"}
