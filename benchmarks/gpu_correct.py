@@ -22,9 +22,9 @@ from torch import Tensor
 
 from kadapt_cli.bench.contenders import DTYPES, Shape
 from kadapt_kernels import KronFactors, kron_delta, kron_linear, testing
-from kadapt_kernels.backward import backward_launches, workspace
+from kadapt_kernels.backward import Grads, backward_launches, workspace
 from kadapt_kernels.blocks import INTERPRETED, Launch, layout
-from kadapt_kernels.forward import forward_launches
+from kadapt_kernels.forward import forward_launches, forward_space
 from kadapt_kernels.merge import dense_gradients, merge_weight
 from kadapt_kernels.testing import Problem
 from kadapt_kernels.tiles import BackwardTiles, Tile, aligned, backward_tiles
@@ -84,18 +84,21 @@ class Fused(NamedTuple):
 def fused(p: Problem, tile: Tile | None = None, tiles: BackwardTiles | None = None) -> Fused:
     """The fused layer with these tiles or those of the table; what it is to fill is full of NaN."""
     plan = layout(p.factors, p.segments, len(p.weight))
-    (M, K), N, width = p.x.shape, len(p.weight), len(p.factors) * plan.columns
-    tiles = tiles or backward_tiles(p.x.device, p.x.dtype, M, K, plan, aligned(p.x, p.weight, p.dy))
-    empty = functools.partial(torch.full, fill_value=torch.nan, dtype=p.x.dtype, device=p.x.device)
-    y, h, dx = empty((M, N)), empty((M, width)), empty((M, K))
-    right, left = empty((K, width)), empty((N, plan.columns))
-    grads: Any = [tuple(torch.full_like(t, torch.nan) for t in f if t is not None) for f in p.factors]
-    results = {"y": y, "dx": dx}
-    results |= {f"d{role}{i}": t for i, group in enumerate(grads) for role, t in zip("abuv", group, strict=True)}
-    space = workspace(p.x, N, plan, tiles)
+    (M, K), is_aligned = p.x.shape, aligned(p.x, p.weight, p.dy)
+    tiles = tiles or backward_tiles(p.x.device, p.x.dtype, M, K, plan, is_aligned)
+    y, kept, total = forward_space(p.x, p.weight, plan)
+    factors: Any = [tuple(torch.empty_like(t) for t in f if t is not None) for f in p.factors]
+    grads = Grads(factors, [torch.empty_like(shift) for shift in p.shifts])
+    results = {"y": y, "dx": torch.empty_like(p.x)}
+    results |= {f"d{role}{i}": t for i, group in enumerate(factors) for role, t in zip("abuv", group, strict=True)}
+    results |= {f"dshift{i}": t for i, t in enumerate(grads.shifts)}
+    space = workspace(p.x, len(p.weight), plan, tiles)
+    for tensor in (*kept, total, *results.values(), *space):
+        tensor.fill_(torch.nan)
+    rest = (plan, p.scale)
     return Fused(
-        forward_launches(p.x, p.weight, p.bias, y, h, right, left, p.factors, plan, p.scale, tile),
-        backward_launches(p.dy, p.x, p.weight, h, dx, grads, space, p.factors, plan, p.scale, tiles),
+        forward_launches(p.x, p.weight, p.bias, y, kept, total, p.factors, p.shifts, *rest, tile),
+        backward_launches(p.dy, p.x, p.weight, kept, results["dx"], grads, space, p.factors, *rest, tiles),
         results,
     )
 
@@ -150,15 +153,13 @@ def correct(setup: Setup) -> Iterator[list[Job]]:
 
 def forms(p: Problem) -> dict[str, tuple[Tile | None, BackwardTiles | None]]:
     """Tiles that bring about each form of the kernels which takes the problem, whatever the table would choose."""
-    blocks, element = layout(p.factors, p.segments, len(p.weight)).blocks, p.x.element_size()
-    longest, n = max(b - a for a, b in p.segments), gcd(128, *(stop - start for start, stop, _ in blocks))
-    small, left = Tile(64, 64, 32, 4, 2), Tile(32, longest, 0, 8 if longest > 256 else 4, 2)
-    found = {"table": (None, None), "two kernels": (small, BackwardTiles(small, None, small, small, 3))}
-    if longest * element <= 1024:
-        found["one pass"] = (small._replace(tiles=3), BackwardTiles(small, left, small, small, 7))
+    blocks = layout(p.factors, p.segments, len(p.weight)).blocks
+    n = gcd(128, *(stop - start for start, stop, _ in blocks))
+    small = Tile(64, 64, 32, 4, 2)
+    found = {"table": (None, None), "pointers": (small._replace(tiles=3), BackwardTiles(small, small, small, 3))}
     if n >= 16 and aligned(p.x, p.weight, p.dy):
-        tile = Tile(128, n, 64 if element == 2 else 32, 8, 3, 1, True)
-        found["descriptors"] = (tile, BackwardTiles(tile._replace(n=64), None, small, small, 5))
+        tile = Tile(128, n, 64 if p.x.element_size() == 2 else 32, 8, 3, 1, True)
+        found["descriptors"] = (tile, BackwardTiles(tile._replace(n=64), small, small, 5))
     return found
 
 
@@ -170,7 +171,9 @@ by_merge = functools.partial(by_operator, backend="merge")
 
 
 def layer(p: Problem, backend: str = "triton") -> Tensor:
-    return kron_linear(p.x, p.weight, p.bias, p.factors, segments=p.segments, scale=p.scale, backend=backend)
+    return kron_linear(
+        p.x, p.weight, p.bias, p.factors, segments=p.segments, scale=p.scale, shifts=p.shifts, backend=backend
+    )
 
 
 def by_kernels(p: Problem, form: str) -> dict[str, Tensor] | None:
@@ -181,7 +184,7 @@ def by_kernels(p: Problem, form: str) -> dict[str, Tensor] | None:
     return made.results
 
 
-FORMS = ("two kernels", "one pass", "descriptors")
+FORMS = ("pointers", "descriptors")
 BACKENDS = ("eager", "merge", "triton")
 VARIANTS: dict[str, Callable[[Problem], dict[str, Tensor] | None]] = {
     **{f"op {backend}": functools.partial(by_operator, backend=backend) for backend in BACKENDS},

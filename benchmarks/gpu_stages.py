@@ -322,7 +322,7 @@ def table_tiles(setup: Setup, d: int, m: int) -> BackwardTiles:
 
 def tiles_around(setup: Setup, base: BackwardTiles, field: str) -> list[BackwardTiles]:
     found = [tiles for tiles in backward_candidates(base, field) if field != "dx" or tiles.dx.k == 64]
-    return [base, *(found[: field in ("dx", "left")] if setup.quick else found)]
+    return [base, *(found[: field in ("dx", "splits")] if setup.quick else found)]
 
 
 def gemm(setup: Setup, log: Log) -> Iterator[list[Job]]:
@@ -424,7 +424,7 @@ def train_steps(setup: Setup, model: str, batch: int) -> list[Row]:
 # 6 profile
 
 PROFILED = {
-    "forward": "forward_kernel", "frozen forward": "forward_kernel", "dx": "dx_kernel", "left": "left_kernel",
+    "forward": "forward_kernel", "frozen forward": "forward_kernel", "dx": "dx_kernel",
     "project": "project_kernel", "tall": "tall_kernel",
 }  # fmt: skip
 RAW = ("--print-units", "base")
@@ -478,7 +478,7 @@ def ideal_bytes(name: str, d: int, m: int) -> int:
     """Bytes that a bf16 kernel moves when it moves each matrix once; h and g have 64 columns, q and v are 2/3 of dy."""
     x, y, w, h = 2 * m * d, 6 * m * d, 6 * d * d, 2 * m * 64
     kernels = {"forward": x + w + y + h, "frozen forward": x + w + y, "dx": y + w + x + h}
-    kernels |= {"left": y * 2 // 3 + 2 * h, "project": y * 2 // 3 + h, "tall": x + h}
+    kernels |= {"project": y * 2 // 3 + h, "tall": x + h}
     return kernels[name]
 
 

@@ -11,18 +11,18 @@ from typing import Any
 
 # Tests run in as many processes as there are cores, and fork: numpy and torch, which read this, must not start threads.
 os.environ["OMP_NUM_THREADS"] = "1"
+import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which must be known before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 import numpy as np
 import pytest
 import timm
-import torch
 from PIL import Image
 from timm.models import save_for_hf
 
 from kadapt_cli import cli
-
-# Without a GPU the Triton kernels run in Triton's interpreter, which must be known before they are imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROWS = "fault trials"
 TASKS = Path(__file__).parents[2] / "shared" / "data" / "tasks"

@@ -14,7 +14,7 @@ from kadapt_kernels import aot
 from kadapt_kernels.tiles import SHARED_LIMIT, BackwardTiles, Tile
 
 GEMM = ("forward.forward", "forward.forward, frozen", "backward.dx")
-PRODUCTS = (*GEMM, "backward.left", "backward.project", "backward.tall")
+PRODUCTS = (*GEMM, "backward.project", "backward.tall")
 
 
 def faults(rows: list[aot.Row], *, spills: bool = False) -> list[str]:
@@ -42,7 +42,7 @@ def test_the_default_layer_on_hopper():
     rows = aot.report("sm_90", ["bf16"], [768], rows=[128 * 197])
     assert faults(rows) == []
     kernels = {row["kernel"] for row in rows}
-    assert kernels >= {*GEMM, "backward.left", "backward.tall", "backward.contract", "forward.compose"}
+    assert kernels >= {*GEMM, "backward.project", "backward.tall", "backward.contract", "forward.compose"}
     assert kernels >= {"merge.merge", "merge.dense_gradient", "merge.contract"}
     descriptors = {row["kernel"] for row in rows if row["tile"].endswith("descriptor")}
     assert descriptors == set(GEMM)
@@ -66,10 +66,8 @@ def test_bad_tiles_are_found_out(monkeypatch):
 
 
 def test_jobs_survive_the_way_to_the_other_process():
-    tiles = BackwardTiles(Tile(64, 64, 32, 4, 2), None, Tile(64, 0, 64, 4, 3), Tile(64, 128, 0, 4, 3), 7)
-    one_pass = tiles._replace(left=Tile(16, 512, 0, 8, 4))
-    for given in (tiles, one_pass):
-        assert aot._tiles(json.loads(json.dumps(given))) == given
+    tiles = BackwardTiles(Tile(64, 64, 32, 4, 2), Tile(64, 0, 64, 4, 3), Tile(64, 128, 0, 4, 3), 7)
+    assert aot._tiles(json.loads(json.dumps(tiles))) == tiles
 
 
 def test_the_least_that_loops_leave_in_flight():

@@ -30,7 +30,7 @@ def test_forward_candidates_fit():
 
 def test_backward_candidates_change_one_field():
     tile = Tile(7, 7, 7, 4, 2)
-    base = BackwardTiles(tile, tile, tile, tile, 3)
+    base = BackwardTiles(tile, tile, tile, 3)
     for name in base._fields:
         found = sweep.backward_candidates(base, name)
         assert len(found) == len(set(found)) > 3
@@ -78,7 +78,7 @@ def test_results_of_a_tile_must_agree():
 
 def test_the_table_literal_is_python():
     shape, tile = Shape(768, 6304), Tile(128, 128, 64, 8, 3, 6, True)
-    tiles = BackwardTiles(tile, None, tile, tile, 66)
+    tiles = BackwardTiles(tile, tile, tile, 66)
     text = sweep.table_literal(
         [sweep.Choice("forward", 2, shape, tile, 0.5), sweep.Choice("backward", 2, shape, tiles, 1.0)], "sm_90"
     )

@@ -19,11 +19,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 POINTERS = (
     Tile(64, 64, 64, 4, 2, 2),
-    BackwardTiles(Tile(64, 64, 64, 4, 2), Tile(32, 0, 0, 4, 2), Tile(64, 0, 64, 4, 2), Tile(32, 128, 0, 4, 2), 2),
+    BackwardTiles(Tile(64, 64, 64, 4, 2), Tile(64, 0, 64, 4, 2), Tile(32, 128, 0, 4, 2), 2),
 )
-TWO_PASSES = (
+SHORT = (
     Tile(32, 128, 32, 4, 2, 1),
-    BackwardTiles(Tile(32, 128, 32, 4, 2), None, Tile(32, 0, 32, 4, 2), Tile(16, 128, 0, 4, 2), 3),
+    BackwardTiles(Tile(32, 128, 32, 4, 2), Tile(32, 0, 32, 4, 2), Tile(16, 128, 0, 4, 2), 3),
 )
 DESCRIPTORS = (
     Tile(64, 32, 64, 4, 2, 3, True),
@@ -50,14 +50,15 @@ def poisoned_memory() -> Iterator[None]:
 def fused(problem: Problem, tiles: Tiles = POINTERS) -> dict[str, Tensor]:
     """y, dx and the factors' gradients by the kernels; also checks that they change no input."""
     p = problem
-    inputs = [p.x, p.weight, p.dy, *([] if p.bias is None else [p.bias]), *(t for f in p.factors for t in f)]
+    inputs = [p.x, p.weight, p.dy, *([] if p.bias is None else [p.bias]), *(t for f in p.factors for t in f), *p.shifts]
     before = [t.clone() for t in inputs]
-    y, h = fused_forward(p.x, p.weight, p.bias, p.factors, p.segments, p.scale, p.shifts, tiles[0])
-    kept = h.clone()
-    dx, grads = fused_backward(p.dy, p.x, p.weight, h, p.factors, p.segments, p.scale, tiles=tiles[1])
-    torch.testing.assert_close([*inputs, h], [*before, kept], rtol=0, atol=0, equal_nan=True)
+    y, kept = fused_forward(p.x, p.weight, p.bias, p.factors, p.segments, p.scale, p.shifts, tiles[0])
+    before += [t.clone() for t in kept]
+    dx, grads = fused_backward(p.dy, p.x, p.weight, kept, p.factors, p.segments, p.scale, p.shifts, tiles=tiles[1])
+    torch.testing.assert_close([*inputs, *kept], before, rtol=0, atol=0, equal_nan=True)
     assert dx is not None
     names = [f"d{role}{i}" for i in range(len(p.factors)) for role in ROLES]
+    names += [f"dshift{i}" for i in range(len(p.shifts))]
     return {"y": y, "dx": dx} | dict(zip(names, grads, strict=True))
 
 
@@ -77,10 +78,10 @@ def relative(actual: Tensor, answer: Tensor) -> float:
 @pytest.mark.parametrize(
     ("tiles", "dtype"),
     [
-        pytest.param(POINTERS, torch.float32, id="one pass, fp32"),
-        pytest.param(TWO_PASSES, torch.float32, id="two passes, fp32"),
-        pytest.param(TWO_PASSES, torch.float16, id="two passes, fp16"),
-        pytest.param(POINTERS, torch.bfloat16, id="one pass, bf16"),
+        pytest.param(POINTERS, torch.float32, id="large, fp32"),
+        pytest.param(SHORT, torch.float32, id="short, fp32"),
+        pytest.param(SHORT, torch.float16, id="short, fp16"),
+        pytest.param(POINTERS, torch.bfloat16, id="large, bf16"),
     ],
 )
 @pytest.mark.parametrize("name", ALL)
@@ -108,7 +109,7 @@ def test_descriptor_cases_are_there() -> None:
     assert {"packed qkv", "ViT-Ti, T = 32", "strided, for descriptors"} <= set(names)
 
 
-@pytest.mark.parametrize("tiles", [POINTERS, TWO_PASSES], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("tiles", [POINTERS, SHORT], ids=["large", "short"])
 def test_nan_stays_in_its_row(tiles: Tiles) -> None:
     problem = make(MORE_CASES["strided, for descriptors"], torch.float32, DEVICE)
     problem.x[17, 3] = torch.nan
@@ -127,7 +128,7 @@ def amid_nan(matrix: Tensor) -> Tensor:
     return corner.copy_(matrix)
 
 
-@pytest.mark.parametrize("tiles", [POINTERS, TWO_PASSES], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("tiles", [POINTERS, SHORT], ids=["large", "short"])
 def test_nothing_outside_comes_in(tiles: Tiles) -> None:
     problem = make(CASES["different adapters"], torch.float32, DEVICE)
     results = fused(problem, tiles)
@@ -143,14 +144,14 @@ def test_nothing_outside_comes_in(tiles: Tiles) -> None:
     assert all(torch.equal(again[name], results[name]) for name in results if name != "dx")
 
 
-@pytest.mark.parametrize("tiles", [POINTERS, TWO_PASSES], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("tiles", [POINTERS, SHORT], ids=["large", "short"])
 def test_same_bits_twice(tiles: Tiles) -> None:
     problem = make(ALL["segments out of order"], torch.float32, DEVICE)
     first, second = fused(problem, tiles), fused(problem, tiles)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("tiles", [POINTERS, TWO_PASSES], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("tiles", [POINTERS, SHORT], ids=["large", "short"])
 @pytest.mark.parametrize("splits", [1, 5, 12])
 def test_the_number_of_splits_changes_only_rounding(tiles: Tiles, splits: int) -> None:
     forward, backward = tiles
@@ -161,21 +162,22 @@ def test_the_number_of_splits_changes_only_rounding(tiles: Tiles, splits: int) -
     assert failures(other, problem, list(other)) == []
 
 
-@pytest.mark.parametrize("tiles", [POINTERS, TWO_PASSES, DESCRIPTORS], ids=["one pass", "two passes", "descriptors"])
+@pytest.mark.parametrize("tiles", [POINTERS, SHORT, DESCRIPTORS], ids=["large", "short", "descriptors"])
 def test_no_rows(tiles: Tiles) -> None:
     problem = make(MORE_CASES["strided, for descriptors"]._replace(m=0, row_padding=0), torch.float16, DEVICE)
     p, forward = problem, tiles[0]._replace(descriptor=False)
-    y, h = fused_forward(p.x, p.weight, None, p.factors, p.segments, p.scale, p.shifts, forward)
-    dx, grads = fused_backward(p.dy, p.x, p.weight, h, p.factors, p.segments, p.scale, tiles=tiles[1])
-    assert (y.shape, h.shape) == ((0, 192), (0, 32))
+    shifts = [torch.ones(stop - start, device=DEVICE) for start, stop in p.segments]
+    y, kept = fused_forward(p.x, p.weight, None, p.factors, p.segments, p.scale, shifts, forward)
+    dx, grads = fused_backward(p.dy, p.x, p.weight, kept, p.factors, p.segments, p.scale, shifts, tiles=tiles[1])
+    assert (y.shape, kept.h.shape) == ((0, 192), (0, 32))
     assert dx is not None
     assert dx.shape == (0, 48)
-    shapes = [t.shape for f in problem.factors for t in f if t is not None]
+    shapes = [t.shape for t in (*(t for f in problem.factors for t in f if t is not None), *shifts)]
     assert [t.shape for t in grads] == shapes
     assert all((t == 0).all() for t in grads)
 
 
-@pytest.mark.parametrize("tiles", [POINTERS, TWO_PASSES, DESCRIPTORS], ids=["one pass", "two passes", "descriptors"])
+@pytest.mark.parametrize("tiles", [POINTERS, SHORT, DESCRIPTORS], ids=["large", "short", "descriptors"])
 def test_without_adapters_it_is_the_frozen_layer(tiles: Tiles) -> None:
     problem = make(Case(45, 48, 192, ()), torch.float32, DEVICE)
     results = fused(problem, tiles)
@@ -187,8 +189,9 @@ def test_without_adapters_it_is_the_frozen_layer(tiles: Tiles) -> None:
 def test_dx_can_be_left_out() -> None:
     problem = make(CASES["one row"], torch.float32, DEVICE)
     p = problem
-    _, h = fused_forward(p.x, p.weight, p.bias, p.factors, p.segments, p.scale, p.shifts, POINTERS[0])
-    dx, grads = fused_backward(p.dy, p.x, p.weight, h, p.factors, p.segments, p.scale, need_dx=False, tiles=POINTERS[1])
+    _, kept = fused_forward(p.x, p.weight, p.bias, p.factors, p.segments, p.scale, p.shifts, POINTERS[0])
+    rest = (p.factors, p.segments, p.scale)
+    dx, grads = fused_backward(p.dy, p.x, p.weight, kept, *rest, need_dx=False, tiles=POINTERS[1])
     assert dx is None
     whole = fused(problem)
     assert all(torch.equal(grad, whole[f"d{role}0"]) for grad, role in zip(grads, ROLES, strict=True))

@@ -9,7 +9,6 @@ from kadapt_kernels.blocks import Layout
 from kadapt_kernels.tiles import (
     DX,
     FORWARD,
-    LEFT,
     PROCESSORS,
     PROJECT,
     SHARED_LIMIT,
@@ -21,7 +20,6 @@ from kadapt_kernels.tiles import (
     dx_shared,
     forward_shared,
     forward_tile,
-    left_shared,
     project_shared,
     shared_limit,
     tall_shared,
@@ -65,18 +63,14 @@ def test_every_choice_fits_its_architecture(arch, dtype, columns):
             assert tall_shared(tiles.tall, dtype, 2 * columns, arch) <= limit
             assert columns <= min(tile.columns, tiles.dx.columns, tiles.project.columns)
             assert 2 * columns <= tiles.tall.columns
-            if tiles.left:
-                assert left_shared(tiles.left, dtype, columns) <= limit
-                assert columns <= tiles.left.columns
-                assert width <= tiles.left.n
             assert 1 <= tiles.splits <= max(1, rows)
 
 
 def test_tables_hold_tiles_that_a_tensor_core_can_take():
-    for table in (FORWARD, DX, LEFT, PROJECT, TALL):
+    for table in (FORWARD, DX, PROJECT, TALL):
         for tiles in (tiles for by_size in table.values() for tiles in by_size.values()):
             for tile in tiles:
-                sides = [side for side in (tile.m, tile.k) if side] + ([] if table is LEFT else [tile.n] * bool(tile.n))
+                sides = [side for side in (tile.m, tile.k) if side] + [tile.n] * bool(tile.n)
                 assert all(side >= 16 and side & (side - 1) == 0 for side in sides), tile
                 assert tile.warps in (4, 8)
                 assert tile.tiles == 1 or table is FORWARD
@@ -131,27 +125,10 @@ def test_few_rows_take_tiles_that_reach_more_processors(unmeasured):
 
 
 def test_splits_fill_the_processors_once(unmeasured):
-    tiles = backward_tiles("sm_90", BF16, 25216, 768, qkv(768))
-    assert tiles.left is not None
-    assert tiles.splits * 2 == PROCESSORS["sm_90"]
-    two_passes = backward_tiles("sm_90", BF16, 25216, 1280, qkv(1280))
-    programs = two_passes.splits * 2 * 1280 // two_passes.tall.n
+    tiles = backward_tiles("sm_90", BF16, 25216, 1280, qkv(1280))
+    programs = tiles.splits * 2 * 1280 // tiles.tall.n
     assert PROCESSORS["sm_90"] < programs <= 4 * PROCESSORS["sm_90"]
-    assert backward_tiles("sm_90", BF16, 100, 768, qkv(768)).splits == 4, "two blocks of 16 rows at least"
-
-
-@pytest.mark.parametrize(
-    ("arch", "width", "dtype"), [("sm_90", 1280, BF16), ("sm_90", 768, FP32), ("gfx942", 768, BF16)]
-)
-def test_one_pass_over_dy_only_where_it_fits(arch, width, dtype):
-    assert backward_tiles(arch, dtype, 6304, width, qkv(width)).left is None
-
-
-def test_one_pass_over_dy_takes_the_shortest_tile_that_covers_a_segment():
-    assert backward_tiles("sm_90", BF16, 6304, 192, qkv(192)).left in LEFT["sm_90"][2]
-    lengths = [backward_tiles("sm_90", BF16, 6304, d, qkv(d)).left.n for d in (192, 256, 257, 512, 768)]  # type: ignore[union-attr]
-    assert lengths == [256, 256, 512, 512, 768]
-    assert backward_tiles("sm_90", BF16, 6304, 768, qkv(768, 64)).left is None
+    assert backward_tiles("sm_90", BF16, 300, 768, qkv(768)).splits == 3, "two blocks of 64 rows at least"
 
 
 def test_wide_adapters_leave_out_the_tiles_that_would_spill():

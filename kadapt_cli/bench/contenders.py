@@ -148,18 +148,19 @@ class _OwnGemm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         from kadapt_kernels.forward import fused_forward
 
-        y, h = fused_forward(x, weight, bias, [], [], 1.0)
-        ctx.save_for_backward(weight, h)
+        y, kept = fused_forward(x, weight, bias, [], [], 1.0)
+        ctx.save_for_backward(weight, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None]:
         from kadapt_kernels.backward import fused_backward
+        from kadapt_kernels.forward import Kept
 
         (dy,) = grads
-        weight, h = ctx.saved_tensors
+        weight, *kept = ctx.saved_tensors
         x = dy.new_empty(()).expand(len(dy), weight.shape[1])  # without adapters only its shape is looked at
-        return fused_backward(dy, x, weight, h, [], [], 1.0)[0], None, None
+        return fused_backward(dy, x, weight, Kept(*kept), [], [], 1.0)[0], None, None
 
 
 def own_gemm(p: Problem) -> Tensor:

@@ -58,14 +58,16 @@ def sweep_shape(inputs: Sequence[Problem], shape: Shape, rounds: int, say: Say) 
 
     first, device, dtype = inputs[0], inputs[0].x.device, inputs[0].x.dtype
 
-    def forward(p: Problem, tile: Tile | None) -> tuple[Tensor, Tensor]:
-        return fused_forward(p.x, p.weight, p.bias, p.factors, p.segments, p.scale, tile=tile)
+    def forward(p: Problem, tile: Tile | None) -> list[Tensor]:
+        y, kept = fused_forward(p.x, p.weight, p.bias, p.factors, p.segments, p.scale, p.shifts, tile)
+        return [y, kept.h]
 
     def backward(p: Problem, tiles: BackwardTiles | None) -> list[Tensor]:
-        dx, gradients = fused_backward(p.dy, p.x, p.weight, h, p.factors, p.segments, p.scale, tiles=tiles)
+        rest = (p.factors, p.segments, p.scale, p.shifts)
+        dx, gradients = fused_backward(p.dy, p.x, p.weight, kept, *rest, tiles=tiles)
         return [*([] if dx is None else [dx]), *gradients]
 
-    h = forward(first, None)[1]
+    kept = fused_forward(first.x, first.weight, first.bias, first.factors, first.segments, first.scale, first.shifts)[1]
     asked = (device, dtype, shape.M, shape.d, layout(first.factors, first.segments, len(first.weight)))
     candidates = forward_candidates(shape, dtype.itemsize, shared_limit(architecture(device)))
     time_of = _timer(forward, inputs, rounds, say)
@@ -99,7 +101,6 @@ def backward_candidates(base: BackwardTiles, name: str) -> list[BackwardTiles]:
             Tile(m, n, k, 4 if m * n <= 64 * 128 else 8, stages, 1, descriptor)
             for m, n, k, stages, descriptor in product((64, 128), (64, 128, 256), (32, 64), (3, 4), (False, True))
         ],
-        "left": [None, *(Tile(m, 0, 0, warps, s) for m, warps, s in product((16, 32, 64), (8, 16), (1, 2)))],
         "project": [Tile(m, 0, k, 4, stages) for m, k, stages in product((64, 128), (64, 128), (3, 4))],
         "tall": [Tile(m, n, 0, 4, stages) for m, n, stages in product((32, 64), (64, 128), (3, 4))],
     }

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from kadapt_kernels.factors import KronFactors, Rows
-from kadapt_kernels.tiles import DX, FORWARD, LEFT, PROJECT, TALL, BackwardTiles, Tile, backward_tiles, forward_tile
+from kadapt_kernels.tiles import DX, FORWARD, PROJECT, TALL, BackwardTiles, Tile, backward_tiles, forward_tile
 
 if TYPE_CHECKING:
     from kadapt_kernels.blocks import Launch
@@ -190,14 +190,12 @@ def _tabled(arch: str, dtype: str) -> list[Job]:
         for terms in {32, tile.columns}:
             job = Job("forward", arch, dtype, 768, rows, terms, tile=tile._replace(tiles=min(3, tile.tiles)))
             jobs += _numbered([job], ["forward.forward"])
-    for field, table in (("dx", DX), ("left", LEFT), ("project", PROJECT), ("tall", TALL)):
+    for field, table in (("dx", DX), ("project", PROJECT), ("tall", TALL)):
         for tile in table.get(arch, {}).get(size, ()):
-            width = tile.n if field == "left" else 768
             for terms in {tile.columns // 2} if field == "tall" else {32, tile.columns}:
-                chosen: dict[str, Any] = {"dx": any_, "left": None, "project": any_, "tall": any_, "splits": 8}
-                job = Job("backward", arch, dtype, width, rows, terms, tiles=BackwardTiles(**chosen | {field: tile}))
-                found = _numbered([job], [f"backward.{field}"])
-                jobs += found[-1:] if field == "tall" else found  # the last is the one over x and all of g
+                chosen: dict[str, Any] = {"dx": any_, "project": any_, "tall": any_, "splits": 8}
+                job = Job("backward", arch, dtype, 768, rows, terms, tiles=BackwardTiles(**chosen | {field: tile}))
+                jobs += _numbered([job], [f"backward.{field}"])
     return jobs
 
 
@@ -262,8 +260,8 @@ def _work(source: TextIO) -> None:
 
 def _tiles(fields: Sequence[Any]) -> BackwardTiles:
     """From JSON, which knows lists only."""
-    dx, left, project, tall, splits = fields
-    return BackwardTiles(Tile(*dx), Tile(*left) if left else None, Tile(*project), Tile(*tall), splits)
+    dx, project, tall, splits = fields
+    return BackwardTiles(Tile(*dx), Tile(*project), Tile(*tall), splits)
 
 
 def _row(job: Job, figures: Row) -> Row:
@@ -313,28 +311,30 @@ def _layer(job: Job) -> Layer:
 
 def _forward(job: Job, layer: Layer) -> list["Launch"]:
     from kadapt_kernels.blocks import layout
-    from kadapt_kernels.forward import forward_launches
+    from kadapt_kernels.forward import forward_launches, forward_space
 
-    x, weight, bias, dy, factors, segments = layer
+    x, weight, bias, _, factors, segments = layer
     if job.stage == "frozen":
         factors, segments = [], []
     plan = layout(factors, segments, weight.shape[0])
     tile = job.tile or forward_tile(job.arch, x.dtype, job.rows, job.width, plan, job.aligned)
-    h = x.new_empty(job.rows, len(factors) * plan.columns)
-    right, left = x.new_empty(job.width, len(factors) * plan.columns), x.new_empty(len(weight), plan.columns)
-    return forward_launches(x, weight, bias, dy, h, right, left, factors, plan, 1.0, tile)
+    y, kept, total = forward_space(x, weight, plan)
+    shifts = [total[start:stop] for start, stop in segments]
+    return forward_launches(x, weight, bias, y, kept, total, factors, shifts, plan, 1.0, tile)
 
 
 def _backward(job: Job, layer: Layer) -> list["Launch"]:
-    from kadapt_kernels.backward import backward_launches, workspace
+    from kadapt_kernels.backward import Grads, backward_launches, workspace
     from kadapt_kernels.blocks import layout
+    from kadapt_kernels.forward import forward_space
 
     x, weight, _, dy, factors, segments = layer
     plan = layout(factors, segments, weight.shape[0])
     tiles = job.tiles or _backward_tiles(job, layer)
     space = workspace(x, weight.shape[0], plan, tiles)
-    grads = [(f.a, f.a, f.u, f.v) for f in factors]
-    return backward_launches(dy, x, weight, space.g, x, grads, space, factors, plan, 1.0, tiles)
+    _, kept, total = forward_space(x, weight, plan)
+    grads = Grads([(f.a, f.a, f.u, f.v) for f in factors], [total[start:stop] for start, stop in segments])
+    return backward_launches(dy, x, weight, kept, x, grads, space, factors, plan, 1.0, tiles)
 
 
 def _backward_tiles(job: Job, layer: Layer) -> BackwardTiles:

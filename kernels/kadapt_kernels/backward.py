@@ -3,25 +3,25 @@
 With the tall factors L (rows, R) and R (K, R) of a segment, h = x R kept by the forward, and dy_seg the segment's
 columns of dy::
 
-    g  = s · dy_seg L           (M, R)         dx = dy W + Σ g Rᵀ       (M, K)
+    g  = dy_seg (s L)           (M, R)         dx = dy W + Σ g Rᵀ       (M, K)
     dL = s · dy_segᵀ h          (rows, R)      dR = xᵀ g                (K, R)
     da_t[j] = Σ_kρ dL[j·P + k, tρ] u_t[k, ρ]   du_t[k, ρ] = Σ_j dL[j·P + k, tρ] a_t[j]      and db, dv from dR alike
 
-The launches:
+R and s L are those that the forward composed, and h is its. The launches:
 
-    compose    L and R, as in the forward
-    left       g and dL in one pass over dy_seg, where a segment is short enough for one program's registers; else
-               `project` makes g and `tall` makes dL, and dy_seg is read twice
+    project    g, by one pass over dy_seg
+    tall       dL, by another; and the sums of dy_seg's columns, the gradient of a shift
     tall       dR in one pass over x, for all adapters at once
     contract   dL and dR to da, db, du, dv
     dx         the frozen layer's product plus one product with all columns of g and R
 
 Extra work over the frozen layer's backward for one segment: 2·M·R·(rows + K) multiply-adds, where a dense dW takes
-M·rows·K. Extra bytes: one read (or two) of dy_seg, one of x, and g and h, M·R numbers each.
+M·rows·K. Extra bytes: two reads of dy_seg, one of x, and g and h, M·R numbers each. One pass over dy_seg for both g and
+dL needs a whole segment in a program's registers and both its products on mma.sync; at every width and number of rows
+that was measured it was slower, or as fast (benchmarks/README.md).
 
 dL and dR are sums over M. Each of `splits` runs of rows gives its own partial sum in fp32 and `contract` adds them in a
-fixed order: no atomics, the same bits every time. s multiplies fp32 sums, never a 16-bit factor, so a large s cannot
-overflow fp16 before g itself does.
+fixed order: no atomics, the same bits every time.
 """
 
 from collections.abc import Sequence
@@ -34,85 +34,25 @@ import triton.language as tl
 from torch import Tensor
 
 from kadapt_kernels.blocks import (
+    Call,
     Launch,
     Layout,
-    columns,
     descriptor,
     dot,
     layout,
     load_tile,
     locate,
     precision,
+    repeat,
     row_stride,
 )
 from kadapt_kernels.factors import KronFactors, Rows
-from kadapt_kernels.forward import compose_launch
+from kadapt_kernels.forward import Kept
 from kadapt_kernels.tiles import RANK_STEP, BackwardTiles, Tile, aligned, backward_tiles
 
-CONTRACT_ROWS = 32
+CONTRACT_ROWS, SHIFT_ROWS = 32, 256
+SUMS = tl.constexpr(16)  # the narrowest product of a tensor core
 CONTRACT_NUMBERS = 16384  # partials that one program of `contract` has under way at most: 64 registers a thread
-
-
-@triton.jit
-def left_kernel(
-    dy,
-    h,
-    g,
-    partial,
-    a,
-    u,
-    scale,
-    M,
-    span,
-    stride_dym,
-    N,
-    BLOCKS: tl.constexpr,
-    SHAPES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SLICES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """g, and partial (splits, N, R) of dy_segᵀ h: program = (run of `span` rows, adapter), BLOCK_N covers a segment.
-
-    The segment's columns are cut in SLICES of C, one a warp, and both products are batched over the slices: dy
-    (slices, m, C) · L (slices, C, R), summed over the slices, and hᵀ (R, m) · dy. As plain products every warp would
-    read the whole dy tile, and one product on wgmma beside one on mma.sync would be wrong: the compiler gives their
-    common operand the single buffer that mma.sync needs, and refills it while wgmma may still read.
-    L is composed once, before the loop. BLOCKS are the adapted ones only.
-    """
-    G: tl.constexpr = len(SHAPES)
-    C: tl.constexpr = BLOCK_N // SLICES
-    split = tl.program_id(0) // G
-    n0, start, stop, adapter = locate(tl.program_id(0) % G, BLOCK_N, BLOCKS, ALIGNMENT)
-    length = tl.multiple_of(stop - start, ALIGNMENT)
-    left = tl.zeros((COLUMNS, BLOCK_N), tl.float32)
-    for i in tl.static_range(G):
-        if adapter == i:
-            left = columns(
-                a[i], u[i], 1.0, tl.arange(0, BLOCK_N), SHAPES[i][0], SHAPES[i][1], SHAPES[i][3], SHAPES[i][4], COLUMNS
-            )
-    left = tl.reshape(left.to(dy.dtype.element_ty).T, (SLICES, C, COLUMNS))
-    m = tl.arange(0, BLOCK_M)[None, :, None]
-    n = (tl.arange(0, SLICES) * C)[:, None, None] + tl.arange(0, C)[None, None, :]
-    row0 = split * span
-    rows = dy + row0.to(tl.int64) * stride_dym + n0
-    acc = tl.zeros((SLICES, COLUMNS, C), tl.float32)
-    for m0 in range(row0, tl.minimum(M, row0 + span), BLOCK_M):
-        inside = m0 + m < M
-        if not EVEN_N:
-            inside = inside & (n < length)
-        dy_tile = tl.load(rows + (m * stride_dym + n), mask=inside, other=0.0)
-        h_tile = load_tile(h, m0, adapter * COLUMNS, G * COLUMNS, M, G * COLUMNS, BLOCK_M, COLUMNS, False, True, False)
-        g_tile = dot(dy_tile, left, tl.zeros((SLICES, BLOCK_M, COLUMNS), tl.float32), PRECISION)
-        acc = dot(tl.broadcast_to(h_tile.T[None, :, :], (SLICES, COLUMNS, BLOCK_M)), dy_tile, acc, PRECISION)
-        _store_g(g, tl.sum(g_tile, 0), scale, m0, adapter, M, G, BLOCK_M, COLUMNS)
-        rows += BLOCK_M * stride_dym
-    acc = tl.reshape(tl.permute(acc, (0, 2, 1)), (BLOCK_N, COLUMNS))
-    _store_partial(partial, acc, split, n0, stop, N, COLUMNS, BLOCK_N, COLUMNS)
 
 
 @triton.jit
@@ -120,7 +60,6 @@ def project_kernel(
     dy,
     left,
     g,
-    scale,
     M,
     stride_dym,
     BLOCKS: tl.constexpr,
@@ -132,7 +71,7 @@ def project_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """g from left (N, R): program = (row block, adapter)."""
+    """g from s L, left (N, R): program = (row block, adapter)."""
     G: tl.constexpr = len(BLOCKS)
     m0 = (tl.program_id(0) // G) * BLOCK_M
     start, _, stop, adapter = locate(tl.program_id(0) % G, LONGEST, BLOCKS, ALIGNMENT)
@@ -141,7 +80,9 @@ def project_kernel(
         dy_tile = load_tile(dy, m0, n0, stride_dym, M, stop, BLOCK_M, BLOCK_K, False, EVEN_N, False)
         left_tile = load_tile(left, n0, 0, COLUMNS, stop, COLUMNS, BLOCK_K, COLUMNS, EVEN_N, True, False)
         acc = dot(dy_tile, left_tile, acc, PRECISION)
-    _store_g(g, acc, scale, m0, adapter, M, G, BLOCK_M, COLUMNS)
+    m = m0 + tl.arange(0, BLOCK_M)
+    at = g + m[:, None].to(tl.int64) * (G * COLUMNS) + adapter * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(at, acc.to(g.dtype.element_ty), mask=(m < M)[:, None])
 
 
 @triton.jit
@@ -149,6 +90,7 @@ def tall_kernel(
     x,
     z,
     partial,
+    sums,
     M,
     span,
     stride_xm,
@@ -159,6 +101,7 @@ def tall_kernel(
     ALIGNMENT: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
     EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -168,16 +111,26 @@ def tall_kernel(
 
     Block i of BLOCKS are columns of x (M, D) and meet the WIDTH columns from adapter·WIDTH of z. COLUMNS is WIDTH as a
     power of two. For dR there is one block, all of x, and all of g: x is read once whatever the number of adapters.
+    sums (splits, D) are those of x_block's columns: a product with a column of ones, since a tensor core has x there.
     """
     split = tl.program_id(0) // CHUNKS
     n0, _, stop, adapter = locate(tl.program_id(0) % CHUNKS, BLOCK_N, BLOCKS, ALIGNMENT)
     first = adapter * WIDTH
     acc = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
+    acc_sums = tl.zeros((BLOCK_N, SUMS), tl.float32)
+    ones = tl.where(tl.arange(0, SUMS)[None, :] == 0, 1.0, tl.zeros((BLOCK_M, SUMS), tl.float32)).to(x.dtype.element_ty)
     for m0 in range(split * span, tl.minimum(M, (split + 1) * span), BLOCK_M):
         x_tile = load_tile(x, m0, n0, stride_xm, M, stop, BLOCK_M, BLOCK_N, False, EVEN_N, False)
         z_tile = load_tile(z, m0, first, stride_zm, M, first + WIDTH, BLOCK_M, COLUMNS, False, COLUMNS == WIDTH, False)
         acc = dot(x_tile.T, z_tile, acc, PRECISION)
-    _store_partial(partial, acc, split, n0, stop, D, WIDTH, BLOCK_N, COLUMNS)
+        if HAS_SUMS:
+            acc_sums = dot(x_tile.T, ones, acc_sums, PRECISION)
+    n = n0 + tl.arange(0, BLOCK_N)
+    i = tl.arange(0, COLUMNS)
+    at = partial + (split.to(tl.int64) * D + n)[:, None] * WIDTH + i[None, :]
+    tl.store(at, acc, mask=(n < stop)[:, None] & (i < WIDTH)[None, :])
+    if HAS_SUMS:
+        tl.store(sums + split * D + n, tl.sum(acc_sums, 1), mask=n < stop)
 
 
 @triton.jit
@@ -235,6 +188,7 @@ def dx_kernel(
 def contract_kernel(
     d_left,
     d_right,
+    sums,
     a,
     b,
     u,
@@ -243,6 +197,7 @@ def contract_kernel(
     db,
     du,
     dv,
+    d_shift,
     scale,
     left_splits,
     right_splits,
@@ -253,8 +208,13 @@ def contract_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    HAS_SHIFTS: tl.constexpr,
+    SHIFT_ROWS: tl.constexpr,
 ):
-    """Each adapter has S + P programs for da and du, then S + Q for db and dv; one makes one j of a or one k of u."""
+    """Each adapter has S + P programs for da and du, then S + Q for db and dv; one makes one j of a or one k of u.
+
+    Then come those for the shifts, if there are any, SHIFT_ROWS numbers each.
+    """
     G: tl.constexpr = len(SHAPES)
     task = tl.program_id(0)
     for i in tl.static_range(G):
@@ -270,6 +230,24 @@ def contract_kernel(
                 SHAPES[i][0], SHAPES[i][2], SHAPES[i][3], SHAPES[i][4], COLUMNS, ROWS, AT_ONCE,
             )  # fmt: skip
         task -= SHAPES[i][0] + SHAPES[i][2]
+    if HAS_SHIFTS:
+        for i in tl.static_range(G):
+            if (task >= 0) & (task * SHIFT_ROWS < SHAPES[i][0] * SHAPES[i][1]):
+                row0 = task * SHIFT_ROWS
+                _add_runs(d_shift[i], sums + STARTS[i], left_splits, N, row0, SHAPES[i][0] * SHAPES[i][1], SHIFT_ROWS)
+            task -= (SHAPES[i][0] * SHAPES[i][1] + SHIFT_ROWS - 1) // SHIFT_ROWS
+
+
+@triton.jit
+def _add_runs(total, sums, splits, stride_split, row0, rows, ROWS: tl.constexpr):
+    """total[row0 : row0 + ROWS] from the sums of the runs of rows, eight under way at a time."""
+    n = row0 + tl.arange(0, ROWS)
+    acc = tl.zeros((8, ROWS), tl.float32)
+    for s0 in range(0, splits, 8):
+        s = s0 + tl.arange(0, 8)
+        inside = (s < splits)[:, None] & (n < rows)[None, :]
+        acc += tl.load(sums + s[:, None] * stride_split + n[None, :], mask=inside, other=0.0)
+    tl.store(total + n, tl.sum(acc, 0), mask=n < rows)
 
 
 @triton.jit
@@ -347,69 +325,64 @@ def _sum(
     return tl.sum(tl.reshape(acc, (AT_ONCE, ROWS, R)), 0)
 
 
-@triton.jit
-def _store_g(g, tile, scale, m0, adapter, M, G: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr):
-    m = m0 + tl.arange(0, BLOCK_M)
-    at = g + m[:, None].to(tl.int64) * (G * COLUMNS) + adapter * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    tl.store(at, (scale * tile).to(g.dtype.element_ty), mask=(m < M)[:, None])
-
-
-@triton.jit
-def _store_partial(
-    partial, tile, split, n0, stop, D, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr
-):
-    n = n0 + tl.arange(0, BLOCK_N)
-    i = tl.arange(0, COLUMNS)
-    at = partial + (split.to(tl.int64) * D + n)[:, None] * WIDTH + i[None, :]
-    tl.store(at, tile, mask=(n < stop)[:, None] & (i < WIDTH)[None, :])
-
-
 class Workspace(NamedTuple):
     """What the launches hand to each other.
 
     Attributes:
         g: (M, G·R) in the compute dtype.
-        right: (K, G·R), R of all adapters side by side, in the compute dtype.
-        left: (N, R), L on the adapted rows, likewise.
         d_left: (splits, N, R) partial sums of dL, unscaled; rows of frozen blocks are neither written nor read.
         d_right: (splits, K, G·R) partial sums of dR.
+        sums: (splits, N) partial sums of the columns of dy; frozen ones are neither written nor read.
     """
 
     g: Tensor
-    right: Tensor
-    left: Tensor
     d_left: Tensor
     d_right: Tensor
+    sums: Tensor
 
 
-Grads = tuple[Tensor, Tensor, Tensor, Tensor]
+class Grads(NamedTuple):
+    """da, db, du, dv of each adapter, and the gradient of each shift, if there are shifts."""
+
+    factors: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
+    shifts: Sequence[Tensor]
 
 
 def fused_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    h: Tensor,
+    kept: Kept,
     factors: Sequence[KronFactors],
     segments: Sequence[Rows],
     scale: float,
+    shifts: Sequence[Tensor] = (),
     *,
     need_dx: bool = True,
     tiles: BackwardTiles | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """dx (M, K) in the dtype of x, or None, and [da0, db0, du0, dv0, da1, …] in fp32 and the factors' shapes.
+    """dx (M, K) in the dtype of x, or None, and [da0, db0, du0, dv0, da1, …, shift gradients] in fp32.
 
     dy (M, N), x (M, K) and weight (N, K) have unit column stride and any row stride above zero: an expanded dy is made
-    contiguous by the caller. h (M, G·R) is the forward's. M = 0 gives zeros.
+    contiguous by the caller. `kept` is the forward's. M = 0 gives zeros.
     """
-    plan = layout(factors, segments, weight.shape[0])
-    tiles = tiles or backward_tiles(x.device, x.dtype, len(x), x.shape[1], plan, aligned(dy, weight))
-    dx = x.new_empty(x.shape) if need_dx else None
-    grads: list[Grads] = [tuple(torch.empty_like(t) for t in f) for f in factors]  # type: ignore[arg-type, misc]
-    space = workspace(x, weight.shape[0], plan, tiles)
-    for launch in backward_launches(dy, x, weight, h, dx, grads, space, factors, plan, scale, tiles):
-        launch.run()
-    return dx, [grad for group in grads for grad in group]
+
+    def make() -> Call:
+        plan = layout(factors, segments, weight.shape[0])
+        used = tiles or backward_tiles(x.device, x.dtype, len(x), x.shape[1], plan, aligned(dy, weight))
+        dx = x.new_empty(x.shape) if need_dx else None
+        groups: Any = [tuple(torch.empty_like(t) for t in f if t is not None) for f in factors]
+        grads = Grads(groups, [torch.empty_like(t) for t in shifts])
+        space = workspace(x, weight.shape[0], plan, used)
+        launches = backward_launches(dy, x, weight, kept, dx, grads, space, factors, plan, scale, used)
+        results = [*([] if dx is None else [dx]), *(t for group in groups for t in group), *grads.shifts]
+        return Call([*results, *space], launches)
+
+    flat = [t for group in factors for t in group]
+    what = ("backward", scale, tuple(segments), need_dx, tiles, precision(x.dtype))
+    made = repeat(what, (dy, x, weight, *kept, *flat, *shifts), make)
+    small = made[need_dx : need_dx + len(flat) + len(shifts)]
+    return (made[0] if need_dx else None), small
 
 
 def workspace(x: Tensor, rows: int, plan: Layout, tiles: BackwardTiles) -> Workspace:
@@ -418,10 +391,9 @@ def workspace(x: Tensor, rows: int, plan: Layout, tiles: BackwardTiles) -> Works
     left_splits, right_splits = _splits(K, plan, tiles)
     return Workspace(
         x.new_empty(M, width),
-        x.new_empty(K, width),
-        x.new_empty(rows, plan.columns),
         x.new_empty(left_splits, rows, plan.columns, dtype=torch.float32),
         x.new_empty(right_splits, K, width, dtype=torch.float32),
+        x.new_empty(left_splits, rows, dtype=torch.float32),
     )
 
 
@@ -429,9 +401,9 @@ def backward_launches(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    h: Tensor,
+    kept: Kept,
     dx: Tensor | None,
-    grads: Sequence[Grads],
+    grads: Grads,
     space: Workspace,
     factors: Sequence[KronFactors],
     plan: Layout,
@@ -441,88 +413,35 @@ def backward_launches(
     """The launches that fill dx (unless None), the grads of each adapter and the workspace."""
     launches = []
     if factors:
-        one_pass = tiles.left is not None
-        launches.append(compose_launch(space.right, space.left, factors, plan, 1.0))
-        launches += (_left if one_pass else _project_and_tall)(dy, h, space, factors, plan, scale, tiles)
-        whole = ((0, x.shape[1], 0),)
-        launches.append(_tall(x, space.g, space.d_right, whole, gcd(16, x.shape[1]), tiles.tall))
-        launches.append(_contraction(grads, space, factors, plan, scale))
+        adapted, whole = [block for block in plan.blocks if block[2] >= 0], [(0, x.shape[1], 0)]
+        sums = space.sums if grads.shifts else None
+        launches = [
+            _project(dy, kept.left, space.g, adapted, plan, tiles.project),
+            _tall(dy, kept.h, space.d_left, sums, adapted, plan.alignment, tiles.tall),
+            _tall(x, space.g, space.d_right, None, whole, gcd(16, x.shape[1]), tiles.tall),
+            _contraction(grads, space, factors, plan, scale),
+        ]
     if dx is not None and dx.numel():
-        launches.append(_dx(dy, weight, dx, space, tiles.dx))
+        launches.append(_dx(dy, weight, dx, space.g, kept.right, tiles.dx))
     return launches
 
 
-def _adapted(plan: Layout) -> tuple[tuple[int, int, int], ...]:
-    return tuple(block for block in plan.blocks if block[2] >= 0)
-
-
 def _splits(K: int, plan: Layout, tiles: BackwardTiles) -> tuple[int, int]:
-    """Runs of rows for dL, and for dR: as many programs in all, since its columns of x are cut besides."""
-    chunks = [triton.cdiv(stop - start, tiles.tall.n) for start, stop, _ in _adapted(plan)]
-    programs = tiles.splits * (len(chunks) if tiles.left else sum(chunks))
-    return tiles.splits, triton.cdiv(programs, triton.cdiv(K, tiles.tall.n))
+    """Runs of rows for dL, and for dR: as many programs in all."""
+    chunks = sum(triton.cdiv(stop - start, tiles.tall.n) for start, stop, adapter in plan.blocks if adapter >= 0)
+    return tiles.splits, triton.cdiv(tiles.splits * chunks, triton.cdiv(K, tiles.tall.n))
 
 
-def _span(M: int, splits: int, block: int) -> int:
-    """Rows of a run: whole blocks, so that no tile reaches into the next run."""
-    return int(triton.cdiv(triton.cdiv(M, block), splits)) * block
-
-
-def _left(
-    dy: Tensor,
-    h: Tensor,
-    space: Workspace,
-    factors: Sequence[KronFactors],
-    plan: Layout,
-    scale: float,
-    tiles: BackwardTiles,
-) -> list[Launch]:
-    tile, blocks = tiles.left, _adapted(plan)
-    assert tile is not None
-    block_n = max(16 * tile.warps, triton.next_power_of_2(max(stop - start for start, stop, _ in blocks)))
+def _project(
+    dy: Tensor, left: Tensor, g: Tensor, blocks: Sequence[tuple[int, int, int]], plan: Layout, tile: Tile
+) -> Launch:
     arguments = {
         "dy": dy,
-        "h": h,
-        "g": space.g,
-        "partial": space.d_left,
-        "a": tuple(f.a for f in factors),
-        "u": tuple(f.u for f in factors),
-        "scale": scale,
-        "M": len(dy),
-        "span": _span(len(dy), len(space.d_left), tile.m),
-        "stride_dym": row_stride(dy),
-        "N": dy.shape[1],
-        "BLOCKS": blocks,
-        "SHAPES": plan.shapes,
-        "COLUMNS": plan.columns,
-        "ALIGNMENT": plan.alignment,
-        "EVEN_N": all(stop - start == block_n for start, stop, _ in blocks),
-        "BLOCK_M": tile.m,
-        "BLOCK_N": block_n,
-        "SLICES": tile.warps,
-        "PRECISION": precision(dy.dtype),
-    }
-    return [Launch(left_kernel, (len(space.d_left) * len(blocks),), arguments, tile.warps, tile.stages)]
-
-
-def _project_and_tall(
-    dy: Tensor,
-    h: Tensor,
-    space: Workspace,
-    factors: Sequence[KronFactors],
-    plan: Layout,
-    scale: float,
-    tiles: BackwardTiles,
-) -> list[Launch]:
-    tile, blocks = tiles.project, _adapted(plan)
-    project = {
-        "dy": dy,
-        "left": space.left,
-        "g": space.g,
-        "scale": scale,
+        "left": left,
+        "g": g,
         "M": len(dy),
         "stride_dym": row_stride(dy),
-        "BLOCKS": blocks,
+        "BLOCKS": tuple(blocks),
         "COLUMNS": plan.columns,
         "ALIGNMENT": plan.alignment,
         "LONGEST": max(stop - start for start, stop, _ in blocks),
@@ -531,14 +450,17 @@ def _project_and_tall(
         "BLOCK_K": tile.k,
         "PRECISION": precision(dy.dtype),
     }
-    return [
-        Launch(project_kernel, (triton.cdiv(len(dy), tile.m) * len(blocks),), project, tile.warps, tile.stages),
-        _tall(dy, h, space.d_left, blocks, plan.alignment, tiles.tall),
-    ]
+    return Launch(project_kernel, (triton.cdiv(len(dy), tile.m) * len(blocks),), arguments, tile.warps, tile.stages)
 
 
 def _tall(
-    x: Tensor, z: Tensor, partial: Tensor, blocks: tuple[tuple[int, int, int], ...], alignment: int, tile: Tile
+    x: Tensor,
+    z: Tensor,
+    partial: Tensor,
+    sums: Tensor | None,
+    blocks: Sequence[tuple[int, int, int]],
+    alignment: int,
+    tile: Tile,
 ) -> Launch:
     splits, D, width = partial.shape
     chunks = sum(triton.cdiv(stop - start, tile.n) for start, stop, _ in blocks)
@@ -546,16 +468,18 @@ def _tall(
         "x": x,
         "z": z,
         "partial": partial,
+        "sums": partial if sums is None else sums,
         "M": len(x),
-        "span": _span(len(x), splits, tile.m),
+        "span": triton.cdiv(triton.cdiv(len(x), tile.m), splits) * tile.m,  # no tile reaches into the next run
         "stride_xm": row_stride(x),
         "stride_zm": z.shape[1],
         "D": D,
-        "BLOCKS": blocks,
+        "BLOCKS": tuple(blocks),
         "CHUNKS": chunks,
         "ALIGNMENT": alignment,
         "WIDTH": width,
         "COLUMNS": triton.next_power_of_2(width),
+        "HAS_SUMS": sums is not None,
         "EVEN_N": all((stop - start) % tile.n == 0 for start, stop, _ in blocks),
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
@@ -564,11 +488,11 @@ def _tall(
     return Launch(tall_kernel, (splits * chunks,), arguments, tile.warps, tile.stages)
 
 
-def _dx(dy: Tensor, weight: Tensor, dx: Tensor, space: Workspace, tile: Tile) -> Launch:
-    (M, K), N, width = dx.shape, weight.shape[0], space.g.shape[1]
+def _dx(dy: Tensor, weight: Tensor, dx: Tensor, g: Tensor, right: Tensor, tile: Tile) -> Launch:
+    (M, K), N, width = dx.shape, weight.shape[0], g.shape[1]
     step = gcd(RANK_STEP, width)
     tensors: dict[str, Any] = {"dy": dy, "w": weight, "dx": dx}
-    tensors |= {"g": space.g, "right": space.right} if width else {"g": dy, "right": weight}
+    tensors |= {"g": g, "right": right} if width else {"g": dy, "right": weight}
     if tile.descriptor:
         blocks = {"dy": (tile.m, tile.k), "w": (tile.k, tile.n), "dx": (tile.m, tile.n)}
         blocks |= {"g": (tile.m, step), "right": (tile.n, step)}
@@ -592,23 +516,23 @@ def _dx(dy: Tensor, weight: Tensor, dx: Tensor, space: Workspace, tile: Tile) ->
     return Launch(dx_kernel, grid, arguments, tile.warps, tile.stages)
 
 
-def _contraction(
-    grads: Sequence[Grads], space: Workspace, factors: Sequence[KronFactors], plan: Layout, scale: float
-) -> Launch:
-    starts = {adapter: start for start, _, adapter in _adapted(plan)}
+def _contraction(grads: Grads, space: Workspace, factors: Sequence[KronFactors], plan: Layout, scale: float) -> Launch:
+    starts = {adapter: start for start, _, adapter in plan.blocks}
     splits = max(len(space.d_left), len(space.d_right))
     at_once = min(triton.next_power_of_2(splits), CONTRACT_NUMBERS // (CONTRACT_ROWS * plan.columns))
     arguments = {
         "d_left": space.d_left,
         "d_right": space.d_right,
+        "sums": space.sums,
         "a": tuple(f.a for f in factors),
         "b": tuple(f.b for f in factors),
         "u": tuple(f.u for f in factors),
         "v": tuple(f.v for f in factors),
-        "da": tuple(group[0] for group in grads),
-        "db": tuple(group[1] for group in grads),
-        "du": tuple(group[2] for group in grads),
-        "dv": tuple(group[3] for group in grads),
+        "da": tuple(group[0] for group in grads.factors),
+        "db": tuple(group[1] for group in grads.factors),
+        "du": tuple(group[2] for group in grads.factors),
+        "dv": tuple(group[3] for group in grads.factors),
+        "d_shift": tuple(grads.shifts) or tuple(f.a for f in factors),
         "scale": scale,
         "left_splits": len(space.d_left),
         "right_splits": len(space.d_right),
@@ -619,6 +543,9 @@ def _contraction(
         "COLUMNS": plan.columns,
         "ROWS": CONTRACT_ROWS,
         "AT_ONCE": max(1, at_once),
+        "HAS_SHIFTS": bool(grads.shifts),
+        "SHIFT_ROWS": SHIFT_ROWS,
     }
     tasks = sum(2 * side + p + q for side, p, q, _, _ in plan.shapes)
+    tasks += sum(triton.cdiv(len(shift), SHIFT_ROWS) for shift in grads.shifts)
     return Launch(contract_kernel, (tasks,), arguments, 8, 1)

@@ -9,7 +9,7 @@ R is the padded number of columns that each adapter has in h and g: the largest 
 (the smallest contraction of a tensor core). Columns beyond T·r are zero.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -33,11 +33,114 @@ class Launch(NamedTuple):
     warps: int
     stages: int
 
-    def run(self) -> None:
-        """Launch on the current device of the tensors among the arguments; empty grids are left out."""
+    def run(self) -> Any:
+        """Launch on the current device of the tensors among the arguments; empty grids are left out.
+
+        Returns:
+            The compiled kernel; None from the interpreter or an empty grid.
+        """
         if 0 in self.grid:
-            return
-        self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
+            return None
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return self.kernel[self.grid](**self.arguments, **options)
+
+
+class Call(NamedTuple):
+    """One pass over a layer: the tensors made for it, results and workspace, and the launches that fill them."""
+
+    made: list[Tensor]
+    launches: list[Launch]
+
+
+class _Launched(NamedTuple):
+    """A launch that was made once.
+
+    Attributes:
+        kernel: The compiled kernel with its grid.
+        arguments: In order, None where tensors belong; descriptors without their tensor.
+        single: Place and number of each tensor.
+        several: Place and numbers of each tuple of tensors.
+        described: Place and number of each tensor in a descriptor.
+    """
+
+    kernel: Callable[..., object]
+    arguments: list[Any]
+    single: list[tuple[int, int]]
+    several: list[tuple[int, list[int]]]
+    described: list[tuple[int, int]]
+
+
+_RECORDED: dict[Hashable, tuple[list[tuple[torch.Size, torch.dtype]], list[_Launched]]] = {}
+MAX_RECORDED = 1024
+
+
+def repeat(what: Hashable, inputs: Sequence[Tensor | None], make: Callable[[], Call]) -> list[Tensor]:
+    """Run the launches of `make`, and return what it made.
+
+    When it was run before for the same `what` and for inputs of the same shapes, strides, dtypes, device and alignment,
+    the kernels that were compiled then are launched on these inputs and on new tensors: to choose tiles, lay out the
+    arguments and let Triton look for its kernel takes longer than the kernel does, unless there are many rows.
+    """
+    if INTERPRETED.value:
+        call = make()
+        for launch in call.launches:
+            launch.run()
+        return call.made
+    first, same = inputs[0], [id(t) for t in inputs]
+    assert first is not None
+    alike = [t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in inputs]
+    key = (what, first.device, tuple(alike), tuple(map(same.index, same)))
+    recorded = _RECORDED.get(key)
+    if recorded is None:
+        call = make()
+        launches = [launched for launch in call.launches if (launched := _launch(launch, [*inputs, *call.made]))]
+        if len(_RECORDED) >= MAX_RECORDED:  # one for each number of rows
+            _RECORDED.clear()
+        _RECORDED[key] = [(t.shape, t.dtype) for t in call.made], launches
+        return call.made
+    shapes, launches = recorded
+    made = [first.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+    tensors = [*inputs, *made]
+    for kernel, template, single, several, described in launches:
+        arguments = template.copy()
+        for place, i in single:
+            arguments[place] = tensors[i]
+        for place, numbers in several:
+            arguments[place] = tuple([tensors[i] for i in numbers])
+        for place, i in described:
+            arguments[place] = _over(template[place], tensors[i])
+        kernel(*arguments)
+    return made
+
+
+def _launch(launch: Launch, tensors: Sequence[Tensor | None]) -> _Launched | None:
+    """Launch, and note what a repetition needs; nothing for an empty grid."""
+    compiled = launch.run()
+    if compiled is None:
+        return None
+    numbers = {id(tensor): i for i, tensor in enumerate(tensors)}
+    found = _Launched(compiled[(*launch.grid, 1, 1)[:3]], [], [], [], [])
+    for place, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments[name]
+        if isinstance(value, Tensor):
+            found.single.append((place, numbers[id(value)]))
+            value = None
+        elif isinstance(value, tuple) and isinstance(value[0], Tensor):
+            found.several.append((place, [numbers[id(t)] for t in value]))
+            value = None
+        elif isinstance(value, TensorDescriptor):
+            found.described.append((place, numbers[id(value.base)]))
+            value = _over(value, None)
+        found.arguments.append(value)
+    return found
+
+
+def _over(descriptor: TensorDescriptor, base: Tensor | None) -> TensorDescriptor:
+    """The descriptor over another tensor of the same layout, without the checks that the first has passed."""
+    found = object.__new__(TensorDescriptor)
+    found.__dict__.update(descriptor.__dict__)
+    found.base = base
+    return found
 
 
 class Layout(NamedTuple):

@@ -16,7 +16,7 @@ matrix product.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kadapt_kernels.blocks import (
+    Call,
     Launch,
     Layout,
     columns,
@@ -33,13 +34,13 @@ from kadapt_kernels.blocks import (
     load_tile,
     locate,
     precision,
+    repeat,
     row_stride,
 )
 from kadapt_kernels.factors import KronFactors, Rows
 from kadapt_kernels.tiles import Tile, aligned, forward_tile
 
-COMPOSE_ROWS = 64
-SHIFT_ROWS = 512
+COMPOSE_ROWS = 32
 LANGUAGE_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -47,41 +48,50 @@ LANGUAGE_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.
 def compose_kernel(
     right,
     left,
+    total,
     a,
     b,
     u,
     v,
+    bias,
+    shifts,
     scale,
     K,
+    N,
     STARTS: tl.constexpr,
     SHAPES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SHIFTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """right (K, G·R): b_t ⊗ v_t of all adapters side by side. left (N, R): s · a_t ⊗ u_t on each segment's rows."""
+    """right (K, G·R): b_t ⊗ v_t of all adapters side by side. left (N, R): s · a_t ⊗ u_t on each segment's rows.
+
+    total (N,) fp32, where there are shifts: the bias, if any, plus each one on its rows. Program = (BLOCK rows, one of
+    these).
+    """
     G: tl.constexpr = len(SHAPES)
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    PARTS: tl.constexpr = 2 * G + HAS_SHIFTS
+    part = tl.program_id(0) % PARTS
+    offs = (tl.program_id(0) // PARTS) * BLOCK + tl.arange(0, BLOCK)
     i = tl.arange(0, COLUMNS)
     for g in tl.static_range(G):
-        tile = columns(b[g], v[g], 1.0, offs, SHAPES[g][0], SHAPES[g][2], SHAPES[g][3], SHAPES[g][4], COLUMNS)
-        at = right + offs[:, None] * (G * COLUMNS) + g * COLUMNS + i[None, :]
-        tl.store(at, tile.T.to(right.dtype.element_ty), mask=(offs < K)[:, None])
-        tile = columns(a[g], u[g], scale, offs, SHAPES[g][0], SHAPES[g][1], SHAPES[g][3], SHAPES[g][4], COLUMNS)
-        at = left + (STARTS[g] + offs)[:, None] * COLUMNS + i[None, :]
-        tl.store(at, tile.T.to(left.dtype.element_ty), mask=(offs < SHAPES[g][0] * SHAPES[g][1])[:, None])
-
-
-@triton.jit
-def shift_kernel(total, bias, shifts, N, SEGMENTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """total (N,) fp32: the bias, if there is one, plus each segment's shift on its rows."""
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    for g in tl.static_range(len(SEGMENTS)):
-        inside = (n >= SEGMENTS[g][0]) & (n < SEGMENTS[g][1])
-        acc += tl.load(shifts[g] + n - SEGMENTS[g][0], mask=inside, other=0.0)
-    tl.store(total + n, acc, mask=n < N)
+        if part == 2 * g:
+            tile = columns(b[g], v[g], 1.0, offs, SHAPES[g][0], SHAPES[g][2], SHAPES[g][3], SHAPES[g][4], COLUMNS)
+            at = right + offs[:, None] * (G * COLUMNS) + g * COLUMNS + i[None, :]
+            tl.store(at, tile.T.to(right.dtype.element_ty), mask=(offs < K)[:, None])
+        if part == 2 * g + 1:
+            tile = columns(a[g], u[g], scale, offs, SHAPES[g][0], SHAPES[g][1], SHAPES[g][3], SHAPES[g][4], COLUMNS)
+            at = left + (STARTS[g] + offs)[:, None] * COLUMNS + i[None, :]
+            tl.store(at, tile.T.to(left.dtype.element_ty), mask=(offs < SHAPES[g][0] * SHAPES[g][1])[:, None])
+    if HAS_SHIFTS and part == 2 * G:
+        acc = tl.zeros((BLOCK,), tl.float32)
+        if HAS_BIAS:
+            acc += tl.load(bias + offs, mask=offs < N, other=0.0).to(tl.float32)
+        for g in tl.static_range(G):
+            n = offs - STARTS[g]
+            acc += tl.load(shifts[g] + n, mask=(n >= 0) & (n < SHAPES[g][0] * SHAPES[g][1]), other=0.0)
+        tl.store(total + offs, acc, mask=offs < N)
 
 
 @triton.jit
@@ -212,6 +222,20 @@ def _finish(
         tl.store(y + m[:, None].to(tl.int64) * stride_ym + n[None, :], acc.to(y.dtype.element_ty), mask=inside)
 
 
+class Kept(NamedTuple):
+    """What the forward hands to the backward, in the dtype of x.
+
+    Attributes:
+        h: (M, G·R), x R of all adapters side by side.
+        right: (K, G·R), R likewise.
+        left: (N, R), s L on each segment's rows; the others are neither written nor read.
+    """
+
+    h: Tensor
+    right: Tensor
+    left: Tensor
+
+
 def fused_forward(
     x: Tensor,
     weight: Tensor,
@@ -221,39 +245,30 @@ def fused_forward(
     scale: float,
     shifts: Sequence[Tensor] = (),
     tile: Tile | None = None,
-) -> tuple[Tensor, Tensor]:
-    """y (M, N) and h (M, G·R), both of the dtype of x; x (M, K) and weight (N, K) with unit column stride.
+) -> tuple[Tensor, Kept]:
+    """y (M, N) in the dtype of x, and what the backward needs; x (M, K) and weight (N, K) with unit column stride.
 
     Factors contiguous and in fp32, and so the shifts, one (rows,) a segment or none.
     """
-    plan = layout(factors, segments, weight.shape[0])
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    h = x.new_empty(x.shape[0], len(factors) * plan.columns)
-    if len(x) == 0:
-        return y, h
-    right = x.new_empty(x.shape[1], len(factors) * plan.columns)
-    left = x.new_empty(weight.shape[0], plan.columns)
-    if shifts:
-        total = x.new_empty(weight.shape[0], dtype=torch.float32)
-        shift_launch(total, bias, shifts, segments).run()
-        bias = total
-    for launch in forward_launches(x, weight, bias, y, h, right, left, factors, plan, scale, tile):
-        launch.run()
-    return y, h
+
+    def make() -> Call:
+        plan = layout(factors, segments, weight.shape[0])
+        y, kept, total = forward_space(x, weight, plan)
+        if len(x) == 0:
+            return Call([y, *kept], [])
+        launches = forward_launches(x, weight, bias, y, kept, total, factors, shifts, plan, scale, tile)
+        return Call([y, *kept, total], launches)
+
+    inputs = (x, weight, bias, *(t for group in factors for t in group), *shifts)
+    made = repeat(("forward", scale, tuple(segments), len(factors), tile, precision(x.dtype)), inputs, make)
+    return made[0], Kept(*made[1:4])
 
 
-def shift_launch(total: Tensor, bias: Tensor | None, shifts: Sequence[Tensor], segments: Sequence[Rows]) -> Launch:
-    """The launch that fills total (N,)."""
-    arguments = {
-        "total": total,
-        "bias": total if bias is None else bias,
-        "shifts": tuple(shifts),
-        "N": len(total),
-        "SEGMENTS": tuple(segments),
-        "HAS_BIAS": bias is not None,
-        "BLOCK": SHIFT_ROWS,
-    }
-    return Launch(shift_kernel, (triton.cdiv(len(total), SHIFT_ROWS),), arguments, 4, 1)
+def forward_space(x: Tensor, weight: Tensor, plan: Layout) -> tuple[Tensor, Kept, Tensor]:
+    """y, what is kept, and the total bias (N,) fp32, all uninitialised. Also works on the meta device."""
+    width = len(plan.shapes) * plan.columns
+    kept = Kept(x.new_empty(len(x), width), x.new_empty(x.shape[1], width), x.new_empty(len(weight), plan.columns))
+    return x.new_empty(len(x), len(weight)), kept, x.new_empty(len(weight), dtype=torch.float32)
 
 
 def forward_launches(
@@ -261,28 +276,29 @@ def forward_launches(
     weight: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    h: Tensor,
-    right: Tensor,
-    left: Tensor,
+    kept: Kept,
+    total: Tensor,
     factors: Sequence[KronFactors],
+    shifts: Sequence[Tensor],
     plan: Layout,
     scale: float,
     tile: Tile | None = None,
 ) -> list[Launch]:
-    """The launches that fill right (K, G·R), left (N, R), y and h; tile defaults to the table's."""
+    """The launches that fill y, what is kept and, if there are shifts, the total bias; tile defaults to the table's."""
     (M, K), N = x.shape, weight.shape[0]
     tile = tile or forward_tile(x.device, x.dtype, M, K, plan, aligned(x, weight, y))
     chunks = sum(triton.cdiv(stop - start, tile.n * tile.tiles) for start, stop, _ in plan.blocks)
     tensors: dict[str, Any] = {"x": x, "w": weight, "y": y}
-    tensors |= {"right": right, "left": left} if factors else {"right": weight, "left": weight}
+    tensors |= {"right": kept.right, "left": kept.left} if factors else {"right": weight, "left": weight}
     if tile.descriptor:
         shapes = {"x": (tile.m, tile.k), "w": (tile.n, tile.k), "y": (tile.m, tile.n)}
         shapes |= {"right": (tile.k, plan.columns), "left": (tile.n, plan.columns)}
         tensors = {name: descriptor(t, shapes[name]) for name, t in tensors.items()}
-    launches = [compose_launch(right, left, factors, plan, scale)] if factors else []
+    launches = [_compose(kept, total, bias, factors, shifts, plan, scale)] if factors else []
+    bias = total if shifts else bias
     arguments = tensors | {
         "bias": weight if bias is None else bias,
-        "h": h,
+        "h": kept.h,
         "M": M,
         "stride_xm": row_stride(x),
         "stride_wn": row_stride(weight),
@@ -308,22 +324,36 @@ def forward_launches(
     return launches
 
 
-def compose_launch(right: Tensor, left: Tensor, factors: Sequence[KronFactors], plan: Layout, scale: float) -> Launch:
-    """The launch that fills right (K, G·R), and the adapted rows of left (N, R)."""
+def _compose(
+    kept: Kept,
+    total: Tensor,
+    bias: Tensor | None,
+    factors: Sequence[KronFactors],
+    shifts: Sequence[Tensor],
+    plan: Layout,
+    scale: float,
+) -> Launch:
     starts = {adapter: start for start, _, adapter in plan.blocks}
     arguments = {
-        "right": right,
-        "left": left,
+        "right": kept.right,
+        "left": kept.left,
+        "total": total,
         "a": tuple(f.a for f in factors),
         "b": tuple(f.b for f in factors),
         "u": tuple(f.u for f in factors),
         "v": tuple(f.v for f in factors),
+        "bias": total if bias is None else bias,
+        "shifts": tuple(shifts) or tuple(f.a for f in factors),
         "scale": scale,
-        "K": len(right),
+        "K": len(kept.right),
+        "N": len(total),
         "STARTS": tuple(starts[i] for i in range(len(factors))),
         "SHAPES": plan.shapes,
         "COLUMNS": plan.columns,
+        "HAS_BIAS": bias is not None,
+        "HAS_SHIFTS": bool(shifts),
         "BLOCK": COMPOSE_ROWS,
     }
-    longest = max(len(right), *(side * p for side, p, _, _, _ in plan.shapes))
-    return Launch(compose_kernel, (triton.cdiv(longest, COMPOSE_ROWS),), arguments, 4, 1)
+    longest = max(len(kept.right), *(side * p for side, p, _, _, _ in plan.shapes), len(total) if shifts else 0)
+    programs = triton.cdiv(longest, COMPOSE_ROWS) * (2 * len(factors) + bool(shifts))
+    return Launch(compose_kernel, (programs,), arguments, 4, 1)

@@ -75,8 +75,8 @@ def kron_linear(
         RuntimeError: A backend asked for by name that cannot run here; says why.
 
     Cost over the frozen layer, factored, R = T·r: M·R·(K + rows) multiply-adds a segment forward, twice that
-    backward; saved for the backward are x and h, M·(K + R) numbers. Merged: R·rows·K multiply-adds each way, and for
-    the gradients the lesser of 2·M·R·(K + rows) and M·rows·K; x is saved.
+    backward; saved for the backward are x and h, M·(K + R) numbers, and on "triton" L and R, R·(K + rows). Merged:
+    R·rows·K multiply-adds each way, and for the gradients the lesser of 2·M·R·(K + rows) and M·rows·K; x is saved.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -180,35 +180,45 @@ def _forward(
     path: str,
     dropout: float,
     seed: int,
-) -> tuple[Tensor, Tensor]:
-    """y (M, N), and what the backward of the path keeps: h, or nothing."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y (M, N), and what the backward of the path keeps: h, R and s L, or h, or nothing."""
     factors, segments = _groups(flat, full), _segments(bounds)
     with torch.cuda.device_of(x):
         if path == "triton":
             from kadapt_kernels.forward import fused_forward
 
-            return fused_forward(_rows(x), _rows(weight), bias, factors, segments, scale, shifts)
+            y, kept = fused_forward(_rows(x), _rows(weight), bias, factors, segments, scale, shifts)
+            return y, *kept
         bias = reference.total_bias(weight, bias, shifts, segments)
         if path == "eager":
-            return reference.factored_forward(x, weight, bias, factors, segments, scale)
-        return F.linear(x, _merged(weight, factors, segments, scale, dropout, seed), bias), x.new_empty(0)
+            return *reference.factored_forward(x, weight, bias, factors, segments, scale), _nothing(x), _nothing(x)
+        y = F.linear(x, _merged(weight, factors, segments, scale, dropout, seed), bias)
+        return y, _nothing(x), _nothing(x), _nothing(x)
 
 
 _linear = torch.library.custom_op("kadapt::kron_linear", _forward, mutates_args=())
 
 
 @_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, flat: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, flat: list[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, _, full, _, path, _, _ = rest
     y = x.new_empty(x.shape[0], weight.shape[0])
     if path == "merge":
-        return y, x.new_empty(0)
+        return y, _nothing(x), _nothing(x), _nothing(x)
     ranks = [group.u.shape[0] * group.u.shape[2] for group in _groups(flat, full)]
     if path == "triton":
         from kadapt_kernels.blocks import padded_rank
 
-        return y, x.new_empty(x.shape[0], len(ranks) * padded_rank(max(ranks)))
-    return y, x.new_empty(x.shape[0], sum(ranks))
+        columns = padded_rank(max(ranks))
+        h, right = (x.new_empty(rows, len(ranks) * columns) for rows in x.shape)
+        return y, h, right, x.new_empty(weight.shape[0], columns)
+    return y, x.new_empty(x.shape[0], sum(ranks)), _nothing(x), _nothing(x)
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x.new_empty(0)
 
 
 def _backward(
@@ -216,6 +226,8 @@ def _backward(
     x: Tensor,
     weight: Tensor,
     h: Tensor,
+    right: Tensor,
+    left: Tensor,
     flat: list[Tensor],
     shifts: list[Tensor],
     bounds: list[int],
@@ -234,13 +246,15 @@ def _backward(
             dx, small = reference.factored_backward(dy, x, weight, h, factors, segments, scale, need_dx)
         elif path == "triton":
             from kadapt_kernels.backward import fused_backward
+            from kadapt_kernels.forward import Kept
 
-            dy, x, weight = _rows(dy), _rows(x), _rows(weight)
-            dx, small = fused_backward(dy, x, weight, h, factors, segments, scale, need_dx=need_dx)
+            kept, dy, x, weight = Kept(h, right, left), _rows(dy), _rows(x), _rows(weight)
+            dx, small = fused_backward(dy, x, weight, kept, factors, segments, scale, shifts, need_dx=need_dx)
         else:
             dx = dy @ _merged(weight, factors, segments, scale, dropout, seed) if need_dx else None
             small = _merged_gradients(dy, x, factors, segments, scale, dropout, seed)
-        small += reference.shift_gradients(dy, shifts, segments)
+        if path != "triton":
+            small += reference.shift_gradients(dy, shifts, segments)
     return [dy.new_empty(0) if dx is None else dx, *small]
 
 
@@ -248,26 +262,24 @@ _linear_backward = torch.library.custom_op("kadapt::kron_linear_backward", _back
 
 
 @_linear_backward.register_fake
-def _(
-    dy: Tensor, x: Tensor, weight: Tensor, h: Tensor, flat: list[Tensor], shifts: list[Tensor], *rest: Any
-) -> list[Tensor]:
-    need_dx = rest[-1]
+def _(dy: Tensor, x: Tensor, weight: Tensor, h: Tensor, right: Tensor, left: Tensor, *rest: Any) -> list[Tensor]:
+    flat, shifts, *_, need_dx = rest
     dx = dy.new_empty(x.shape) if need_dx else dy.new_empty(0)
     return [dx, *(t.new_empty(t.shape) for t in (*flat, *shifts))]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, flat, shifts, *ctx.rest = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, output[1], *flat, *shifts)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, weight, *output[1:], *flat, *shifts)
     ctx.has_bias, ctx.count = bias is not None, len(flat)
 
 
-def _autograd(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
-    x, weight, h, *small = ctx.saved_tensors
+def _autograd(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, weight, h, right, left, *small = ctx.saved_tensors
     flat, shifts = small[: ctx.count], small[ctx.count :]
     need_dx, _, need_bias, *_ = ctx.needs_input_grad
-    dx, *small = _linear_backward(dy, x, weight, h, flat, shifts, *ctx.rest, need_dx)
+    dx, *small = _linear_backward(dy, x, weight, h, right, left, flat, shifts, *ctx.rest, need_dx)
     dbias = dy.sum(0) if ctx.has_bias and need_bias else None
     nothing = [None] * len(ctx.rest)
     return dx if need_dx else None, None, dbias, small[: ctx.count], small[ctx.count :], *nothing
@@ -286,19 +298,19 @@ class _Direct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, count: int, rest: tuple[Any, ...], *small: Tensor
     ) -> Tensor:
-        y, h = _forward(x, weight, bias, list(small[:count]), list(small[count:]), *rest)
-        ctx.save_for_backward(x, weight, h, *small)
+        y, *kept = _forward(x, weight, bias, list(small[:count]), list(small[count:]), *rest)
+        ctx.save_for_backward(x, weight, *kept, *small)
         ctx.has_bias, ctx.count, ctx.rest = bias is not None, count, rest
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         (dy,) = grads
-        x, weight, h, *small = ctx.saved_tensors
+        x, weight, h, right, left, *small = ctx.saved_tensors
         need_dx, _, need_bias, *_ = ctx.needs_input_grad
         flat, shifts = small[: ctx.count], small[ctx.count :]
-        bounds, full, scale, path, dropout, seed = ctx.rest
-        dx, *small = _backward(dy, x, weight, h, flat, shifts, bounds, full, scale, path, dropout, seed, need_dx)
+        rest: tuple[Any, ...] = (*ctx.rest, need_dx)
+        dx, *small = _backward(dy, x, weight, h, right, left, flat, shifts, *rest)
         dbias = dy.sum(0) if ctx.has_bias and need_bias else None
         return dx if need_dx else None, None, dbias, None, None, *small
 

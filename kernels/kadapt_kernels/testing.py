@@ -38,11 +38,11 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "packed qkv": Case(77, 96, 288, ((0, 4, 24, 24, 16, 1), (192, 4, 24, 24, 16, 1))),
+    "packed qkv": Case(77, 96, 288, ((0, 4, 24, 24, 16, 1), (192, 4, 24, 24, 16, 1)), shifted=True),
     "ViT-Ti, T = 32": Case(33, 192, 576, ((0, 32, 6, 6, 32, 1), (384, 32, 6, 6, 32, 1))),
     "q, k and v": Case(50, 40, 120, ((0, 8, 5, 5, 8, 2), (40, 8, 5, 5, 8, 2), (80, 8, 5, 5, 8, 2))),
-    "one linear": Case(45, 56, 40, ((0, 8, 5, 7, 16, 1),), bias=False),
-    "different adapters": Case(33, 40, 71, ((3, 4, 5, 10, 3, 2), (50, 5, 4, 8, 7, 1)), row_padding=8),
+    "one linear": Case(45, 56, 40, ((0, 8, 5, 7, 16, 1),), bias=False, shifted=True),
+    "different adapters": Case(33, 40, 71, ((3, 4, 5, 10, 3, 2), (50, 5, 4, 8, 7, 1)), row_padding=8, shifted=True),
     "one row": Case(1, 48, 144, ((48, 12, 4, 4, 12, 1),), row_padding=3),
     "rank above a term": Case(64, 64, 128, ((64, 4, 16, 16, 1, 5),)),
     "S a prime": Case(31, 74, 74, ((0, 37, 2, 2, 4, 1),)),

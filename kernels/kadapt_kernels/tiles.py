@@ -55,14 +55,12 @@ class BackwardTiles(NamedTuple):
 
     Attributes:
         dx: n cuts the columns K of dx, k the contraction over N.
-        left: g and dL in one pass, n being the padded length of a segment; None asks for `project` and `tall` instead.
         project: m rows of g, k columns of dy at a time.
         tall: n columns of x (or dy) against all of g (or h), m rows at a time.
         splits: Runs of rows, each with its own partial sum of dL.
     """
 
     dx: Tile
-    left: Tile | None
     project: Tile
     tall: Tile
     splits: int
@@ -73,7 +71,7 @@ Table = Mapping[str, Mapping[int, tuple[Tile, ...]]]  # architecture -> bytes an
 
 GENERIC = "generic"
 RANK_STEP = 64  # most columns of g that dx takes at a time
-LEFT_WARPS, TALL_WARPS = 8, 16  # that a processor's registers hold
+TALL_WARPS = 16  # that a processor's registers hold
 SHARED_LIMIT: Mapping[str, int] = {
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
@@ -154,31 +152,6 @@ DX: Table = {
         4: (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2)),
     },
 }
-LEFT: Table = {
-    GENERIC: {2: (Tile(32, 256, 0, 4, 2),)},
-    "sm_80": {
-        2: (
-            Tile(16, 768, 0, 8, 3, columns=32),
-            Tile(16, 512, 0, 8, 4, columns=32),
-            Tile(32, 256, 0, 4, 4, columns=32),
-        )
-    },
-    "sm_90": {
-        2: (
-            Tile(16, 768, 0, 8, 3, columns=32),
-            Tile(16, 512, 0, 8, 4, columns=32),
-            Tile(32, 256, 0, 4, 4, columns=32),
-        )
-    },
-    "sm_100": {
-        2: (
-            Tile(16, 768, 0, 8, 3, columns=32),
-            Tile(16, 512, 0, 8, 4, columns=32),
-            Tile(32, 256, 0, 4, 4, columns=32),
-        )
-    },
-    "gfx942": {2: (Tile(16, 512, 0, 8, 2, columns=32), Tile(32, 256, 0, 4, 2, columns=32))},
-}
 PROJECT: Table = {
     GENERIC: {2: (Tile(32, 0, 32, 4, 2),), 4: (Tile(32, 0, 32, 4, 2),)},
     "sm_80": {2: (Tile(64, 0, 64, 4, 3),), 4: (Tile(64, 0, 32, 4, 3),)},
@@ -225,24 +198,39 @@ TALL: Table = {
 }
 
 # What a sweep prints, for a packed qkv with two adapters of up to 32 columns: architecture -> (bytes an element, d, M).
-# sm_90: one H100 (80 GB HBM3), PyTorch 2.11, Triton 3.6.
+# sm_90: d = 768 on one H100 (80 GB HBM3), the others on one H200; PyTorch 2.11, Triton 3.6.
 FORWARD_MEASURED: Mapping[str, Mapping[tuple[int, int, int], Tile]] = {
     "sm_90": {
+        (2, 384, 6304): Tile(64, 128, 64, 4, 4, 1, True, 64),  # 0.0317 ms
+        (2, 384, 25216): Tile(64, 128, 64, 4, 4, 3, True, 64),  # 0.0805 ms
         (2, 768, 6304): Tile(128, 256, 64, 8, 3, 1, True, 64),  # 0.0697 ms
         (2, 768, 25216): Tile(128, 256, 64, 8, 3, 3, True, 64),  # 0.1982 ms
+        (2, 1024, 6304): Tile(128, 256, 64, 8, 3, 1, True, 64),  # 0.0960 ms
+        (2, 1024, 25216): Tile(128, 256, 64, 8, 3, 2, True, 64),  # 0.2899 ms
     },
 }
 BACKWARD_MEASURED: Mapping[str, Mapping[tuple[int, int, int], BackwardTiles]] = {
     "sm_90": {
+        (2, 384, 6304): BackwardTiles(  # 0.0468 ms
+            Tile(64, 128, 64, 4, 3, 1, True), Tile(64, 0, 128, 4, 3), Tile(64, 128, 0, 4, 3), 16
+        ),
+        (2, 384, 25216): BackwardTiles(  # 0.1037 ms
+            Tile(64, 128, 64, 4, 3, 1, True), Tile(128, 0, 64, 4, 3), Tile(32, 128, 0, 4, 4), 33
+        ),
         (2, 768, 6304): BackwardTiles(  # 0.1186 ms
             Tile(128, 128, 64, 8, 3, 1, True),
-            Tile(16, 768, 0, 8, 3, 1, False, 32),
             Tile(64, 0, 128, 4, 3),
             Tile(64, 128, 0, 4, 3),
             66,
         ),
         (2, 768, 25216): BackwardTiles(  # 0.2601 ms, its parts from two sweeps
-            Tile(128, 256, 64, 8, 3, 1, True), None, Tile(128, 0, 64, 4, 3), Tile(64, 128, 0, 4, 3), 16
+            Tile(128, 256, 64, 8, 3, 1, True), Tile(128, 0, 64, 4, 3), Tile(64, 128, 0, 4, 3), 16
+        ),
+        (2, 1024, 6304): BackwardTiles(  # 0.1110 ms
+            Tile(64, 256, 64, 8, 4, 1, True), Tile(128, 0, 128, 4, 4), Tile(64, 128, 0, 4, 3), 8
+        ),
+        (2, 1024, 25216): BackwardTiles(  # 0.3240 ms
+            Tile(128, 256, 64, 8, 3, 1, True), Tile(64, 0, 128, 4, 3), Tile(32, 64, 0, 4, 3), 24
         ),
     },
 }
@@ -311,9 +299,8 @@ def backward_tiles(
 ) -> BackwardTiles:
     """The tiles of the backward for x (M, K) and the rows of W in plan.
 
-    dx takes descriptors where dy and W are `aligned`, whatever the blocks: its result is cut at its own edges only. One
-    pass over dy (`left`) holds the whole length of a segment by R, in shared memory and in registers: where the table
-    has no tile as long, it is two passes. There are as many runs of rows (`splits`) as it takes for every processor to
+    dx takes descriptors where dy and W are `aligned`, whatever the blocks: its result is cut at its own edges only.
+    There are as many runs of rows (`splits`) as it takes for every processor to
     hold the programs it can; more would only add partial sums to write and read. A run has two blocks of rows at least.
 
     Raises:
@@ -335,28 +322,16 @@ def backward_tiles(
     dx = {t: dx_shared(t, dtype, arch) for t in usable or pointers}
     tall = {t: tall_shared(t, dtype, widths, arch) for t in _candidates(TALL, arch, dtype)}
     project = {t: project_shared(t, dtype, R, arch) for t in _candidates(PROJECT, arch, dtype)}
-    longest = max(segments, default=0)
-    left = {t: left_shared(t, dtype, R) for t in _candidates(LEFT, arch, dtype) if t.n >= longest and t.columns >= R}
-    left = {t: shared for t, shared in left.items() if shared <= shared_limit(arch)}
     tiles = BackwardTiles(
         min(_fitting(dx, R, arch, "backward_tiles"), key=time),
-        min(left, key=lambda t: t.n, default=None),
         _fitting(project, R, arch, "backward_tiles")[0],
         _fitting(tall, widths, arch, "backward_tiles")[0],
         1,
     )
-    shared = left[tiles.left] if tiles.left else tall[tiles.tall]
-    return tiles._replace(splits=_splits(tiles, M, segments, shared, arch))
-
-
-def _splits(tiles: BackwardTiles, M: int, segments: list[int], shared: int, arch: str) -> int:
-    """Runs of rows for dL; shared is what one of its programs takes."""
-    if tiles.left is not None:
-        tile, programs, warps = tiles.left, len(segments), LEFT_WARPS
-    else:
-        tile, programs, warps = tiles.tall, sum(_ceil(length, tiles.tall.n) for length in segments), TALL_WARPS
-    resident = max(1, min(shared_limit(arch) // shared, warps // tile.warps))
-    return max(1, min(_processors(arch) * resident // max(1, programs), _ceil(M, 2 * tile.m)))
+    programs = max(1, sum(_ceil(length, tiles.tall.n) for length in segments))
+    resident = max(1, min(shared_limit(arch) // tall[tiles.tall], TALL_WARPS // tiles.tall.warps))
+    splits = max(1, min(_processors(arch) * resident // programs, _ceil(M, 2 * tiles.tall.m)))
+    return tiles._replace(splits=splits)
 
 
 def forward_shared(tile: Tile, dtype: torch.dtype, columns: int, arch: str) -> int:
@@ -383,12 +358,6 @@ def project_shared(tile: Tile, dtype: torch.dtype, columns: int, arch: str) -> i
 def tall_shared(tile: Tile, dtype: torch.dtype, columns: int, arch: str) -> int:
     """Bytes of shared memory of the sum over rows: x and g (or dy and h) for each stage; the sums take their place."""
     return max(_buffers(tile, arch) * tile.m * (tile.n + columns) * dtype.itemsize, 4 * tile.n * columns)
-
-
-def left_shared(tile: Tile, dtype: torch.dtype, columns: int) -> int:
-    """Bytes of shared memory of the one pass over dy: L, dy for each stage under way, and each warp's share of g."""
-    length = _power_of_2(tile.n)
-    return length * (columns + (tile.stages - 1) * tile.m) * dtype.itemsize + 4 * tile.warps * tile.m * columns
 
 
 def _buffers(tile: Tile, arch: str) -> int:
