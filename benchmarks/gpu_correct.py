@@ -273,7 +273,7 @@ def autocast_steps(setup: Setup, dtype: str) -> list[str]:
 
 def keeps_a_small_update(setup: Setup, dtype: str) -> list[str]:
     """The adapter's contribution within 0.5 % (Frobenius) at |ΔW| = |W| / 1000; the interpreter truncates bf16: 2 %."""
-    case = testing.CASES["rank above a term" if setup.quick else "packed qkv"]._replace(bias=False)
+    case = testing.CASES["rank above a term" if setup.quick else "packed qkv"]._replace(bias=False, shifted=False)
     p = testing.make(case, DTYPES[dtype], str(setup.device), delta=1e-3)
     y = layer(replace(p, weight=torch.zeros_like(p.weight)))
     lines = []

@@ -581,7 +581,8 @@ PART = ("part", "d", "M", "time_ms_p50", "eager_ms_p50", "ratio", "predicted_rat
 BENCH = (*(field.name for field in fields(timing.Row)), "predicted_ratio")
 MATRIX = ("dtype", "d", "M", "mode", "contender", "time_ms_p50", "ratio_frozen", "ratio_own_gemm", "predicted_ratio")
 STEP = (
-    "model", "batch_size", "contender", "time_ms_p50", "images_per_s", "ratio_frozen", "predicted_ratio", "peak_bytes",
+    "model", "batch_size", "contender", "time_ms_p50", "host_ms_p50", "images_per_s", "ratio_frozen",
+    "predicted_ratio", "peak_bytes",
 )  # fmt: skip
 PROFILE = (
     "kernel", "d", "M", "tool", "time_ms", "tensor_percent", "sm_percent", "dram_read_bytes", "dram_write_bytes",

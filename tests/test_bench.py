@@ -109,11 +109,16 @@ def test_json_csv_and_svg_hold_the_same_measurement(run_bench, tiny, tmp_path):
     assert len(lines()) == 2 * len(rows)
 
 
-def test_step_trains_what_it_says_and_is_shown_as_a_table(run_bench, tiny, monkeypatch):
+def test_step_trains_what_it_says_and_is_shown_as_a_table(run_bench, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "aot", lambda arch, quick: [{"kernel": f"made for {arch}", "error": None}])
     names = "kadapt,peft-lokr,full,linear-probe"
-    code, out, err = run_bench("--quick", "--shapes", tiny, "--contenders", names, "--modes", "step")
+    table = tmp_path / "rows.csv"
+    arguments = ("--quick", "--shapes", tiny, "--contenders", names, "--modes", "step", "--csv", table)
+    code, out, err = run_bench(*arguments)
     assert code == 0, err
+    with table.open(newline="") as file:
+        hosts = {row["contender"]: float(row["host_ms_p50"]) for row in csv.DictReader(file)}
+    assert 0 < hosts["linear-probe"] < hosts["full"]
     trained = {words[0]: words[5] for line in out.splitlines() if len(words := line.split()) == 7}
     # 2 rules · 2·32·32, 6 blocks · (2 · 2·32·6 + 192), and a head of 1,930
     assert (trained["frozen"], trained["linear-probe"], trained["kadapt"]) == ("1,930", "1,930", "11,786")

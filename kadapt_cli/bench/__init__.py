@@ -12,7 +12,8 @@ in an earlier block needs it; in a step the gradient begins at the first block's
 
 On CUDA times come from events, by CUDA graph where the contender can be captured and by eager launches otherwise
 (column `launch`), and `peak_bytes` is the largest memory in use during a call beyond the layer's inputs, or during a
-step with everything it needs. On a CPU `peak_bytes` is not measured.
+step with everything it needs. On a CPU `peak_bytes` is not measured. Steps are launched eagerly: where `host_ms_p50` of
+one is no less than its time, the GPU waits for Python.
 
 It needs torch, rich and kadapt_kernels; timm for steps and peft for its adapters where they are installed.
 """
@@ -21,6 +22,7 @@ import importlib.util
 import itertools
 import math
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -267,6 +269,8 @@ def _prepare_step(row: Row, wanted: Plan, samplers: dict[str, Sampler]) -> None:
         row.note = f"not timed: {one_line(error)}"
         return
     row.trained = steps[0].trained
+    rounds = 5 if wanted.device.type == "cuda" else 1
+    row.host_ms_p50 = statistics.median(timing.host_ms(steps[0].call, wanted.device) for _ in range(rounds))
     samplers[row.contender] = lambda: timing.timed(steps[0].call, wanted.device)
 
 

@@ -30,7 +30,8 @@ class Row:
 
     `max_err` and `eager_err` are the largest error of y or any gradient relative to the largest number of the exact
     answer: the contender's, and that of plain PyTorch in the same dtype (`kadapt_kernels.testing.allowance`). FLOPs and
-    bytes are the frozen layer's.
+    bytes are the frozen layer's. `host_ms_p50` is how long a training step keeps one core, which launches it: a GPU
+    that is done sooner waits.
     """
 
     contender: str
@@ -53,6 +54,7 @@ class Row:
     tile: str = ""
     launch: str = ""
     eager_ms_p50: float | None = None
+    host_ms_p50: float | None = None
     rounds: int = 0
     model: str = ""
     batch_size: int | None = None
@@ -180,6 +182,15 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     stop.record()
     stop.synchronize()
     return float(start.elapsed_time(stop))
+
+
+def host_ms(work: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds until the work is launched, on a device that has nothing else to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    work()
+    return (time.perf_counter() - begin) * 1e3
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
