@@ -100,7 +100,7 @@ class Session:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     live: dict[str, Tensor]
-    sums: Tensor  # of the current epoch: loss · images, right, images; float64
+    sums: Tensor  # of the current epoch and all processes: loss · images, right, images; float64
     micro: int
     epoch: int = 0
     step: int = 0
@@ -108,6 +108,7 @@ class Session:
     best: float = 0.0  # validation accuracy
     kept_epoch: int = 0  # whose adapter is in the run folder
     stop: signal.Signals | None = None  # that asked to stop
+    agreed: signal.Signals | None = None  # that all processes which train together have heard of
     validating: bool = False  # where a signal need not wait for the end
     repeatable: bool = False  # where one need not wait for long: what is being done changes nothing
     epoch_time_s: float = 0.0

@@ -180,8 +180,8 @@ def fit(session: Session, display: Display) -> None:
             except signals.Stopped:  # in validation or a long step, which a run that goes on begins with
                 if session.writes:
                     save_state(session)
-            _leave_if(_agreed_stop(session), session)
-    _leave_if(_agreed_stop(session), session)  # asked for since
+            _leave_if_asked(session)
+    _leave_if_asked(session)  # since then
 
 
 @contextmanager
@@ -203,17 +203,13 @@ def _heard_in_backward(session: Session) -> Iterator[None]:
 
 @contextmanager
 def _repeatable(session: Session) -> Iterator[None]:
-    """What is done here changes nothing that is saved: a signal that has waited for long ends it.
+    """What is done here changes nothing that is saved but random states: a signal that has waited for long ends it.
 
     On a CPU alone: on a GPU steps are short, and compilers, which no exception may pass, run in the first of them.
     """
-    rng = torch.get_rng_state()
-    session.repeatable = session.world == 1 and session.device.type == "cpu"
+    session.repeatable = session.device.type == "cpu"
     try:
         yield
-    except signals.Stopped:
-        torch.set_rng_state(rng)
-        raise
     finally:
         session.repeatable = False
 
@@ -256,7 +252,7 @@ def _run_epoch(session: Session, display: Display) -> None:
         display.step(session.epoch, min(done * config.batch_size, len(order)), len(batch))
         if session.device.type == "cpu" or session.step % CHECK_EVERY == 0:
             _check_finite(session)
-        stop = _agreed_stop(session)
+        stop = session.stop if session.world == 1 else session.agreed
         if session.writes and (stop or now - saved >= config.save_every):
             _check_finite(session)
             save_state(session)
@@ -269,13 +265,30 @@ def _share(session: Session, batch: list[int]) -> list[int]:
     return batch[session.rank :: session.world] or batch[:1]
 
 
-def _agreed_stop(session: Session) -> signal.Signals | None:
-    """The signal that asked to stop; processes that train together stop after the same step."""
-    if session.world == 1:
-        return session.stop
-    asked = torch.tensor(int(session.stop or 0), device=session.device)
-    dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return signal.Signals(int(asked)) if asked else None
+def _agree(session: Session, found: Tensor, *, left: bool = False) -> Tensor:
+    """What the processes that train together have found, added; a signal that one of them has heard, all have now.
+
+    Raises:
+        signals.Stopped: One of them has left what all of them do here, which is therefore to be done again.
+    """
+    session.agreed = session.stop
+    if session.world > 1:
+        heard = [float(session.stop == number) for number in signals.EXIT_CODES]
+        told = torch.cat([found.new_tensor([float(left), *heard]), found])
+        dist.all_reduce(told)
+        leaving, *heard = told[: 1 + len(heard)].tolist()
+        found, left = told[1 + len(heard) :], leaving > 0
+        session.agreed = max((n for n, count in zip(signals.EXIT_CODES, heard, strict=True) if count), default=None)
+    if left:
+        assert session.agreed is not None
+        raise signals.Stopped(session.agreed)
+    return found
+
+
+def _leave_if_asked(session: Session) -> None:
+    """`_leave_if`, where all processes are at the end of the same step."""
+    _agree(session, session.sums.new_zeros(0))
+    _leave_if(session.agreed, session)
 
 
 def _leave_if(stop: signal.Signals | None, session: Session) -> None:
@@ -286,23 +299,21 @@ def _leave_if(stop: signal.Signals | None, session: Session) -> None:
 
 
 def _step(session: Session, images: Tensor, labels: Tensor, batch: int, display: Display) -> None:
-    """One optimizer step on this process's share of a batch, in micro-batches that are halved when memory runs out."""
+    """One optimizer step on this process's share of a batch.
+
+    Raises:
+        signals.Stopped: It took long, in this process or another one, and a signal did not wait: nothing has changed.
+    """
     for group in session.optimizer.param_groups:
         group["lr"] = learning_rate(session.step, session)
-    while True:
-        try:
-            with _repeatable(session):
-                sums = _gradients(session, images, labels, batch)
-            break
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-        if session.micro == 1:
-            raise MachineError("out of memory with one image at a time; use a smaller --model or --img-size")
-        session.micro = math.ceil(min(session.micro, len(labels)) / 2)
-        if session.device.type == "cuda":
-            torch.cuda.empty_cache()
-        display.say(f"out of memory: now {session.micro} images at a time, still {session.config.batch_size} a step")
+    rng, sums = torch.get_rng_state(), None
+    with suppress(signals.Stopped):
+        sums = _fitting_gradients(session, images, labels, batch, display)
+    try:
+        sums = _agree(session, session.sums.new_zeros(3) if sums is None else sums, left=sums is None)
+    except signals.Stopped:
+        torch.set_rng_state(rng)
+        raise
     if session.together is not None:
         session.together().backward()
     session.scaler.unscale_(session.optimizer)
@@ -314,6 +325,23 @@ def _step(session: Session, images: Tensor, labels: Tensor, batch: int, display:
     session.scaler.update()
     session.step += 1
     session.sums += sums
+
+
+def _fitting_gradients(session: Session, images: Tensor, labels: Tensor, batch: int, display: Display) -> Tensor:
+    """`_gradients` in micro-batches that are halved when memory runs out."""
+    while True:
+        try:
+            with _repeatable(session):
+                return _gradients(session, images, labels, batch)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if session.micro == 1:
+            raise MachineError("out of memory with one image at a time; use a smaller --model or --img-size")
+        session.micro = math.ceil(min(session.micro, len(labels)) / 2)
+        if session.device.type == "cuda":
+            torch.cuda.empty_cache()
+        display.say(f"out of memory: now {session.micro} images at a time, still {session.config.batch_size} a step")
 
 
 def _gradients(session: Session, images: Tensor, labels: Tensor, batch: int) -> Tensor:
@@ -360,7 +388,6 @@ def _end_epoch(session: Session, display: Display) -> None:
     """Validate, note the epoch, keep it unless an earlier one is clearly better, save."""
     watched = _is_watched(session)
     if session.world > 1:
-        dist.all_reduce(session.sums)
         micro = torch.tensor(session.micro, device=session.device)
         dist.all_reduce(micro, dist.ReduceOp.MIN)
         session.micro = int(micro)  # what the smallest memory takes, as the run folder says
@@ -379,11 +406,7 @@ def _end_epoch(session: Session, display: Display) -> None:
         "time_s": session.epoch_time_s,
     }
     if session.val is not None:
-        session.validating = session.world == 1  # processes that train together go on together
-        if session.validating and session.stop:
-            signals.stop(session.stop)
-        values, labels = logits(session.net, session.val, session.device, session.dtype)
-        session.validating = False
+        values, labels = _validated(session)
         row["val_loss"] = loss_sum(values, labels).item() / len(labels)
         row["val_accuracy"] = metrics.score(session.images.metric, values.numpy(), labels.numpy())
         session.best = max(session.best, row["val_accuracy"])
@@ -402,6 +425,29 @@ def _end_epoch(session: Session, display: Display) -> None:
         save_state(session)
         runs.commit(session.out / runs.METRICS, metrics_csv(session.history))
     display.epoch(row, session.config.epochs)
+
+
+def _validated(session: Session) -> tuple[Tensor, Tensor]:
+    """Logits and labels of the validation images.
+
+    Raises:
+        signals.Stopped: A signal ended it, in this process or another one.
+    """
+    assert session.val is not None
+    found = None
+    try:
+        session.validating = True
+        if session.stop:
+            signals.stop(session.stop)
+        found = logits(session.net, session.val, session.device, session.dtype)
+        session.validating = False
+    except signals.Stopped:
+        session.validating = False
+        if session.stop is None:  # nobody here waits for signals
+            raise
+    _agree(session, session.sums.new_zeros(0), left=found is None)
+    assert found is not None
+    return found
 
 
 def metrics_csv(history: list[Row]) -> str:

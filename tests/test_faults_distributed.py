@@ -4,6 +4,7 @@ The processes are forks with the environment that torchrun gives, and a store th
 agent does.
 """
 
+import csv
 import json
 import os
 import shutil
@@ -165,9 +166,11 @@ def differs(out: Path, alone: Path) -> list[str]:
     wrong += [n for n in left.keys() & right.keys() if not torch.allclose(left[n], right[n], rtol=1e-5, atol=1e-5)]
     results = [json.loads((folder / runs.RESULT).read_text()) for folder in (out, alone)]
     wrong += [] if results[0]["metrics"] == results[1]["metrics"] else ["metrics"]
-    histories = [(folder / runs.METRICS).read_text().splitlines() for folder in (out, alone)]
-    epochs = [[line.split(",")[:2] for line in lines] for lines in histories]
-    wrong += [] if epochs[0] == epochs[1] else [f"metrics.csv: {epochs[0]}"]
+    histories = [list(csv.DictReader((folder / runs.METRICS).read_text().splitlines())) for folder in (out, alone)]
+    same = [[(row["epoch"], row["step"], row["train_accuracy"]) for row in rows] for rows in histories]
+    wrong += [] if same[0] == same[1] else [f"metrics.csv: {same[0]} instead of {same[1]}"]
+    losses = [[float(row["train_loss"]) for row in rows] for rows in histories]
+    wrong += [] if losses[0] == pytest.approx(losses[1], rel=1e-4) else [f"{losses[0]} instead of {losses[1]}"]
     return wrong + [path.name for path in out.iterdir() if path.name.startswith(runs.TEMPORARY)]
 
 
@@ -284,6 +287,41 @@ def test_a_signal_to_one_stops_both(port, images, alone, tmp_path, tally, quick)
         wrong += [(number, rank, place[1], what) for what in differs(out, alone)]
     assert not wrong
     tally(ROW, len(cases[1::8] if quick else cases))
+
+
+@pytest.mark.parametrize("place", ["_gradients", "logits"], ids=["step", "validation"])
+def test_a_signal_to_both_ends_what_takes_long(place, port, images, alone, tmp_path, tally):
+    """At once, where a whole step or validation would take a minute; it is done again by the run that goes on."""
+
+    def stuck() -> None:
+        me(signal.SIGTERM)()
+        time.sleep(60)
+
+    out, hook = tmp_path / "run", at(train, place, 2, stuck)
+    found = [trial.wait() for trial in together(port, start(images, out), {0: hook, 1: hook})]
+    assert [outcome.code for outcome in found] == [143, 143], found
+    assert max(outcome.time_s for outcome in found) < 20
+    assert runs.load_state(out)[1]["step"] == {"_gradients": 1, "logits": 4}[place]
+    assert [outcome.code for outcome in go_on(port, out, images, 2)] == [0, 0]
+    assert not differs(out, alone)
+    tally(ROW, 1)
+
+
+def test_one_that_leaves_a_step_takes_the_other_along(port, images, alone, tmp_path, tally):
+    """The other has ended the step, which counts for neither of them."""
+
+    def stuck() -> None:
+        me(signal.SIGUSR1)()
+        time.sleep(60)
+
+    out = tmp_path / "run"
+    found = [trial.wait() for trial in together(port, start(images, out), {1: at(train, "_gradients", 3, stuck)})]
+    assert [outcome.code for outcome in found] == [75, 75], found
+    assert max(outcome.time_s for outcome in found) < 20
+    assert runs.load_state(out)[1]["step"] == 2
+    assert [outcome.code for outcome in go_on(port, out, images, 1)] == [0]
+    assert not differs(out, alone)
+    tally(ROW, 1)
 
 
 def test_two_one_two(port, images, alone, tmp_path, tally, quick):
