@@ -53,7 +53,7 @@ LOCK = ".kadapt.lock"
 HOLDER = ".kadapt.holder"
 TEMPORARY = ".kadapt-tmp-"
 OUR_TEMPORARY = re.compile(re.escape(TEMPORARY) + r"(\d+)-.+", re.DOTALL)  # the number of the process
-HOLDER_S = 1.0  # that a holder is given to say who it is
+HOLDER_S = 1.0  # that a holder is given to say who it is, or to let go
 FORMAT_VERSION = 2
 MAX_TENSORS = 20_000
 MAX_HEADER_BYTES = 16 << 20  # safetensors takes 100 MB, which it parses in seconds and gigabytes
@@ -112,8 +112,7 @@ def held(out: Path) -> Iterator[None]:
         UsageError: Another process is writing there (which).
         MachineError: The folder cannot be made, written or locked.
     """
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    lock = _locked(out)
+    lock, made = _locked(out)
     try:
         for folder in made:
             sync_folder(folder.parent)
@@ -133,41 +132,51 @@ def held(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _locked(out: Path) -> FileLock:
-    """The lock of `out`, held."""
+def _locked(out: Path) -> tuple[FileLock, list[Path]]:
+    """The lock of `out`, held, and the folders that were made for it.
+
+    While no process says that it holds the lock, which one that is starting or ending does not, it is tried again.
+    """
     lock = FileLock(out / LOCK, timeout=0)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise UsageError(f"--out: {out} is being written by {_holder(out)}, or give another --out") from None
-    except NotImplementedError:
-        raise MachineError(f"--out: the file system of {out} has no locks; give a folder on another one") from None
-    except OSError as error:
-        advice = "its file system has no locks: " if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP) else ""
-        raise MachineError(
-            f"--out: {out} cannot be written ({error.strerror}); {advice}give a folder that can be"
-        ) from None
-    return lock
+    until = time.monotonic() + HOLDER_S
+    while True:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            return lock, made
+        except Timeout:
+            holder = _holder(out)
+            if not holder and time.monotonic() > until:
+                holder = f"another process, which {out / HOLDER} does not name; wait for it"
+            if holder:
+                raise UsageError(f"--out: {out} is being written by {holder}, or give another --out") from None
+        except NotImplementedError:
+            raise MachineError(f"--out: the file system of {out} has no locks; give a folder on another one") from None
+        except OSError as error:
+            advice = "its file system has no locks: " if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP) else ""
+            raise MachineError(
+                f"--out: {out} cannot be written ({error.strerror}); {advice}give a folder that can be"
+            ) from None
+        time.sleep(0.05)
 
 
 def _holder(out: Path) -> str:
-    """Who holds the lock of `out` and what to do about it, as the end of a sentence."""
-    until = time.monotonic() + HOLDER_S
-    while True:  # a holder takes the lock before it says so, and what a dead one said may still be there
-        try:
-            said = json.loads((out / HOLDER).read_text(encoding="utf-8"))
-            pid, host, since = int(said["pid"]), str(said["host"])[:80], str(said["since"])[:40]
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            pid, host, since = 0, "", ""
-        if host and host != socket.gethostname():
-            gone = f"if that machine is gone, delete {out / LOCK}"
-            return visible(f"process {pid} on {host} since {since}; wait for it, {gone}")
-        if pid > 0 and is_alive(pid):
-            return visible(f"process {pid} on {host} since {since}; wait for it, end it")
-        if time.monotonic() > until:
-            return f"another process, which {out / HOLDER} does not name; wait for it"
-        time.sleep(0.05)
+    """Who says that it holds the lock of `out` and what to do about it, as the end of a sentence; "" for nobody.
+
+    What a process that has ended said may still be there.
+    """
+    try:
+        said = json.loads((out / HOLDER).read_text(encoding="utf-8"))
+        pid, host, since = int(said["pid"]), str(said["host"])[:80], str(said["since"])[:40]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return ""
+    if host and host != socket.gethostname():
+        gone = f"if that machine is gone, delete {out / LOCK}"
+        return visible(f"process {pid} on {host} since {since}; wait for it, {gone}")
+    if pid > 0 and is_alive(pid):
+        return visible(f"process {pid} on {host} since {since}; wait for it, end it")
+    return ""
 
 
 def is_alive(pid: int) -> bool:

@@ -1,15 +1,18 @@
 """Files of a run: committed whole, read whole, and what is written of a configuration comes back."""
 
 import os
+import threading
+import time
 import tomllib
 
 import faults
 import pytest
 import torch
+from filelock import FileLock
 
 from kadapt_cli import runs
 from kadapt_cli.config import TrainConfig, to_toml
-from kadapt_cli.errors import MachineError, ModelError
+from kadapt_cli.errors import MachineError, ModelError, UsageError
 
 
 def test_a_commit_flushes_the_file_then_names_it_then_flushes_the_folder(tmp_path, monkeypatch):
@@ -38,6 +41,21 @@ def test_commit_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
     assert caught.value.exit_code == 5
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "old"
+
+
+def test_a_lock_that_is_let_go_while_no_holder_is_named_is_taken(tmp_path):
+    """A process that ends takes its name away first; one that is told "does not name" then could have gone on."""
+    lock = FileLock(tmp_path / runs.LOCK, thread_local=False)
+    lock.acquire()
+    threading.Timer(0.2, lock.release).start()
+    with runs.held(tmp_path):
+        assert f'"pid": {os.getpid()}' in (tmp_path / runs.HOLDER).read_text()
+
+
+def test_a_named_holder_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited"))
+    with runs.held(tmp_path), pytest.raises(UsageError, match=f"by process {os.getpid()} on"), runs.held(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("seen", ["the old one", "half of each"])
