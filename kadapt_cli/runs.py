@@ -33,7 +33,6 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from kadapt_cli.config import TrainConfig
@@ -55,6 +54,27 @@ TEMPORARY = ".kadapt-tmp-"
 OUR_TEMPORARY = re.compile(re.escape(TEMPORARY) + r"(\d+)-.+", re.DOTALL)  # the number of the process
 HOLDER_S = 1.0  # that a holder is given to say who it is, or to let go
 FORMAT_VERSION = 2
+DTYPES = {  # what safetensors calls them, in the order in which it writes tensors
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 MAX_TENSORS = 20_000
 MAX_HEADER_BYTES = 16 << 20  # safetensors takes 100 MB, which it parses in seconds and gigabytes
 
@@ -190,12 +210,13 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def commit(path: Path, data: bytes | str, *, previous: Path | None = None) -> None:
+def commit(path: Path, data: bytes | str, *more: memoryview, previous: Path | None = None) -> None:
     """Write a file so that after a crash it is there whole or as it was: temporary, fsync, rename, fsync the folder.
 
     Args:
         path: The file.
         data: What it will hold; text as UTF-8.
+        more: What follows; its memory is not copied.
         previous: Where to keep what the file held before, in the same folder.
 
     Raises:
@@ -209,7 +230,7 @@ def commit(path: Path, data: bytes | str, *, previous: Path | None = None) -> No
             temporary.replace(previous)
             temporary.unlink(missing_ok=True)  # replacing a name of the same file leaves both: killed here last time
         with temporary.open("xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.writelines([data.encode() if isinstance(data, str) else data, *more])
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -234,8 +255,13 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        total.update(_memory(tensor))
     return total.hexdigest()
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, where they are."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,6 +280,24 @@ def _seal(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[memoryview]]:
+    """The bytes that `safetensors.torch.save` gives for contiguous tensors, as a header and the tensors' own memory.
+
+    The library makes them in memory first, which is another state's worth of it and seconds for a large one.
+    """
+    order = list(DTYPES)
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        dtype, shape = DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, [_memory(tensors[name]) for name in names]
+
+
 def save_tensors(
     path: Path, kind: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any], *, previous: Path | None = None
 ) -> dict[str, Any]:
@@ -265,7 +309,8 @@ def save_tensors(
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     head = {"format": f"kadapt-{kind}", "format_version": FORMAT_VERSION, "tensor_digest": digest(whole)}
     full_info = sealed(dict(info) | head)
-    commit(path, save(whole, metadata={"kadapt": json.dumps(full_info)}), previous=previous)
+    header, memory = safetensors(whole, {"kadapt": json.dumps(full_info)})
+    commit(path, header, *memory, previous=previous)
     return full_info
 
 

@@ -250,6 +250,10 @@ class _File:
     def __exit__(self, *error: object) -> None:
         self.file.close()
 
+    def writelines(self, parts: Any) -> None:
+        """One operation, of which half is written where a write is short."""
+        self.write(b"".join(parts))
+
     def __iter__(self) -> Any:
         return iter(self.file)
 

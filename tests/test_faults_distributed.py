@@ -133,11 +133,12 @@ def half_a_state() -> None:
     """A hook: killed when half of the third state is written."""
     original, calls = runs.commit, count(1)
 
-    def commit(path: Path, data: bytes | str, **options: object) -> None:
+    def commit(path: Path, *data: bytes, **options: object) -> None:
         if path.name == runs.STATE and next(calls) == 3:
-            (path.parent / f"{runs.TEMPORARY}{os.getpid()}-{path.name}").write_bytes(data[: len(data) // 2])  # type: ignore[arg-type]
+            whole = b"".join(data)
+            (path.parent / f"{runs.TEMPORARY}{os.getpid()}-{path.name}").write_bytes(whole[: len(whole) // 2])
             KILLED()
-        original(path, data, **options)  # type: ignore[arg-type]
+        original(path, *data, **options)  # type: ignore[arg-type]
 
     runs.commit = commit
 

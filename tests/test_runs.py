@@ -1,6 +1,8 @@
 """Files of a run: committed whole, read whole, and what is written of a configuration comes back."""
 
+import json
 import os
+import resource
 import threading
 import time
 import tomllib
@@ -9,6 +11,7 @@ import faults
 import pytest
 import torch
 from filelock import FileLock
+from safetensors.torch import save
 
 from kadapt_cli import runs
 from kadapt_cli.config import TrainConfig, to_toml
@@ -26,6 +29,54 @@ def test_a_commit_flushes_the_file_then_names_it_then_flushes_the_folder(tmp_pat
     seen.clear()
     with runs.held(tmp_path / "new" / "run"):
         assert seen[:2] == [("flush", (tmp_path / "new").stat().st_ino), ("flush", folder)]
+
+
+def library_bytes(tensors, metadata):
+    """What safetensors makes of them; it refuses tensors that share memory or have gaps."""
+    return save({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, metadata)
+
+
+def is_taken(dtype):
+    """Whether safetensors takes a dtype, and whole bytes of it."""
+    try:
+        return bool(save({"x": torch.empty(1, dtype=dtype)})) and dtype is not torch.float4_e2m1fn_x2
+    except KeyError:
+        return False
+
+
+@pytest.mark.filterwarnings("ignore")  # of dtypes that torch has as an experiment
+def test_a_file_of_tensors_is_the_one_that_the_library_makes(tmp_path):
+    pattern = torch.arange(48, dtype=torch.uint8)
+    dtypes = {dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype) and is_taken(dtype)}
+    assert len(dtypes) > 12
+    tensors = {f"of {dtype}": pattern.view(dtype) for dtype in dtypes - {torch.bool}} | {"bool": pattern > 20}
+    tensors |= {f"two of {dtype}": pattern.view(dtype).reshape(2, -1) for dtype in dtypes - {torch.bool}}
+    tensors |= {"scalar": torch.tensor(3.5), "true": torch.tensor(True), "none": torch.empty(0, 3, dtype=torch.int16)}
+    tensors |= {"turned": torch.rand(3, 5, 7).permute(2, 0, 1), "every other": torch.rand(9)[::2]}
+    tensors |= {"expanded": torch.tensor([1.0]).expand(4), "trained": torch.rand(3, requires_grad=True)}
+    names = ('"', "\\", "/", "\n\t\b\f\r", "\x00\x1f\x7f", "näme", "ﬁ\u2028", "𝒲", "", "Z", "a" * 100)
+    tensors |= {name: torch.tensor([number]) for number, name in enumerate(names)}
+    for count in range(9):  # headers of every length
+        tensors[f"one more{'.' * count}"] = torch.rand(count)
+        info = runs.save_tensors(tmp_path / "file", "state", tensors, {"ä": '"\n'})
+        assert (tmp_path / "file").read_bytes() == library_bytes(tensors, {"kadapt": json.dumps(info)})
+
+
+def test_a_file_of_which_the_system_takes_a_part_is_not_taken_for_whole(tmp_path):
+    """It writes as far as it can, says how far, and fails when asked for the rest."""
+    path = tmp_path / "file"
+
+    def action():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        for tensors in ({"a": torch.ones(1 << 18)}, {str(number): torch.ones(1 << 10) for number in range(1 << 8)}):
+            with pytest.raises(MachineError, match="File too large"):
+                runs.save_tensors(path, "state", tensors, {})
+
+    runs.save_tensors(path, "state", {"a": torch.zeros(1)}, {})
+    found = faults.forked(action)
+    assert found.code == 0, found.err
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert runs.load_tensors(path, "state")[0]["a"].tolist() == [0]
 
 
 def test_commit_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
