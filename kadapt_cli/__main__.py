@@ -1,5 +1,6 @@
 """The program: `kadapt`, and `python -m kadapt_cli`."""
 
+import gc
 import io
 import os
 import sys
@@ -22,6 +23,8 @@ def main() -> None:
     except signals.Stopped as stopped:
         signals.say("kadapt: interrupted")
         sys.exit(stopped.exit_code)
+    finally:
+        gc.freeze()  # else Python looks for garbage in all that was imported before it ends, for half a second
 
 
 class _Output(io.FileIO):
