@@ -111,6 +111,7 @@ class Session:
     agreed: signal.Signals | None = None  # that all processes which train together have heard of
     validating: bool = False  # where a signal need not wait for the end
     repeatable: bool = False  # where one need not wait for long: what is being done changes nothing
+    saved: tuple[int, int, int] | None = None  # the position of the state in the run folder
     epoch_time_s: float = 0.0
     rank: int = 0  # of this process among `world` that train together
     world: int = 1
@@ -125,6 +126,11 @@ class Session:
     def writes(self) -> bool:
         """Whether this process writes to the run folder."""
         return self.out is not None and self.rank == 0
+
+    @property
+    def position(self) -> tuple[int, int, int]:
+        """What changes whenever anything does that is saved; the micro-batch may be halved in a step."""
+        return self.epoch, self.step, self.micro
 
     @property
     def steps_per_epoch(self) -> int:
@@ -392,13 +398,14 @@ def save_state(session: Session) -> None:
     }
     previous = session.out / runs.PREVIOUS_STATE
     runs.save_tensors(session.out / runs.STATE, "state", tensors, info, previous=previous)
+    session.saved = session.position
 
 
 def restore(session: Session) -> None:
     """Take a session back to its last committed state."""
     assert session.out is not None
     path = session.out / runs.STATE
-    tensors, info, _ = runs.load_state(session.out)
+    tensors, info, why = runs.load_state(session.out)
     _check_state(session, tensors, info)
     if info["base_digest"] != session.adapted.backbone.digest:
         raise ModelError(f"{path}: the weights of {session.config.model} differ from those the run was started on")
@@ -422,6 +429,7 @@ def restore(session: Session) -> None:
     session.best, session.kept_epoch = info["best"], info["kept_epoch"]
     session.micro, session.epoch_time_s = info["micro"], info["epoch_time_s"]
     session.scaler.load_state_dict(info["scaler"])
+    session.saved = None if why else session.position
 
 
 def _check_state(session: Session, tensors: dict[str, Tensor], info: Row) -> None:

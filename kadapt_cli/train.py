@@ -178,7 +178,7 @@ def fit(session: Session, display: Display) -> None:
                 _run_epoch(session, display)
                 _end_epoch(session, display)
             except signals.Stopped:  # in validation or a long step, which a run that goes on begins with
-                if session.writes:
+                if session.writes and session.saved != session.position:
                     save_state(session)
             _leave_if_asked(session)
     _leave_if_asked(session)  # since then

@@ -579,6 +579,68 @@ def test_a_long_step_is_left_at_a_signal_and_done_again(finished, photos, tmp_pa
     same_training(finished[0], tmp_path / "run")
 
 
+@pytest.fixture
+def leave_step(monkeypatch):
+    """leave_step(5, train, seen): what `train` says when a signal ends it in its fifth step, after a call of `seen`."""
+    monkeypatch.setattr(signals, "LATE_S", 0.1)
+
+    def leave(number, train, seen=lambda: None):
+        with monkeypatch.context() as patch:
+            in_loss(number, lambda: (seen(), os.kill(os.getpid(), signal.SIGTERM), time.sleep(30)), patch)
+            with pytest.raises(InterruptedRunError) as caught:
+                train()
+        return str(caught.value)
+
+    return leave
+
+
+@pytest.mark.parametrize("save_every", [0.0, 30.0])
+def test_what_is_saved_is_not_saved_again(photos, tmp_path, leave_step, save_every):
+    """A step that is left changes nothing; the steps before it are saved where they are not yet."""
+    out, files = tmp_path / "run", []
+
+    def look():
+        files.append((out / runs.STATE).stat().st_ino)
+
+    config = config_for(photos, save_every=save_every)
+    said = leave_step(5, lambda: training.train(config, out, resume=False, display=quiet()), look)
+    look()
+    assert "SIGTERM: saved after 4 steps" in said
+    assert (files[0] == files[1]) == (save_every == 0)
+    assert "saved after 4 steps" in leave_step(1, lambda: training.train(config, out, resume=True, display=quiet()))
+    look()
+    assert files[1] == files[2]
+    assert runs.load_tensors(out / runs.STATE, "state")[1]["step"] == 4
+
+
+def test_a_first_state_is_saved(photos, tmp_path, leave_step):
+    session = training.prepare(config_for(photos), tmp_path, quiet())
+    assert "saved after 0 steps" in leave_step(1, lambda: training.fit(session, quiet()))
+    assert runs.load_tensors(tmp_path / runs.STATE, "state")[1]["step"] == 0
+
+
+def test_a_micro_batch_that_is_halved_in_a_step_that_is_left_is_saved(photos, tmp_path, monkeypatch, leave_step):
+    real = training._gradients
+
+    def refusing(session, *rest):
+        if session.micro > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(session, *rest)
+
+    monkeypatch.setattr(training, "_gradients", refusing)
+    leave_step(1, lambda: training.train(config_for(photos), tmp_path / "run", resume=False, display=quiet()))
+    assert runs.load_state(tmp_path / "run")[1]["micro"] == 4
+
+
+def test_a_state_is_saved_in_the_place_of_a_damaged_one(photos, tmp_path, leave_step):
+    config, out = config_for(photos), tmp_path / "run"
+    leave_step(1, lambda: training.train(config, out, resume=False, display=quiet()))
+    (out / runs.STATE).rename(out / runs.PREVIOUS_STATE)
+    (out / runs.STATE).write_bytes(b"damaged")
+    leave_step(1, lambda: training.train(config, out, resume=True, display=quiet()))
+    assert runs.load_tensors(out / runs.STATE, "state")[1]["step"] == 0
+
+
 @pytest.mark.parametrize("method", ["kadaptation", "full", "lora"])
 def test_a_backward_pass_is_left_between_blocks(photos, tmp_path, monkeypatch, method):
     real, sessions = training.prepare, []
