@@ -186,14 +186,14 @@ def fit(session: Session, display: Display) -> None:
 
 @contextmanager
 def _heard_in_backward(session: Session) -> Iterator[None]:
-    """Let handlers of signals run after each block of a backward pass on a CPU, which is one long call otherwise."""
+    """Let handlers of signals run after each layer of a backward pass on a CPU, which is one long call otherwise."""
 
-    def pause(block: nn.Module, given: Any, output: Tensor) -> None:
-        if output.requires_grad:
+    def pause(layer: nn.Module, given: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(lambda gradient: None)
 
-    blocks: Any = session.adapted.backbone.module.blocks if session.device.type == "cpu" else ()
-    hooks = [block.register_forward_hook(pause) for block in blocks]
+    layers = session.adapted.backbone.module.modules() if session.device.type == "cpu" else ()
+    hooks = [layer.register_forward_hook(pause) for layer in layers]
     try:
         yield
     finally:
