@@ -224,7 +224,7 @@ def commit(
         path: The file.
         data: What it will hold; text as UTF-8.
         more: What follows; its memory is not copied.
-        start: Called when all that is written: what to put in the place of `data`, as many bytes.
+        start: Called when all of that is written: what to put in the place of `data`, as many bytes.
         previous: Where to keep what the file held before, in the same folder.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from kadapt_cli.errors import INTERRUPTED, PREEMPTED, TERMINATED
 
-LATE_S = 2.0  # that what a signal waits for may take
+LATE_S = 0.5  # that what a signal waits for may take
 EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGUSR1: PREEMPTED}
 
 
