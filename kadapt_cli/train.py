@@ -189,7 +189,7 @@ def _heard_in_backward(session: Session) -> Iterator[None]:
     """Let handlers of signals run after each layer of a backward pass on a CPU, which is one long call otherwise."""
 
     def pause(layer: nn.Module, given: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
+        if isinstance(output, Tensor) and output.grad_fn is not None:
             output.register_hook(lambda gradient: None)
 
     layers = session.adapted.backbone.module.modules() if session.device.type == "cpu" else ()

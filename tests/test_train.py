@@ -663,6 +663,16 @@ def test_a_backward_pass_is_left_between_layers(photos, tmp_path, monkeypatch, m
     assert not [name for name in reached if ".0." in name or ".5.attn" in name]
 
 
+def test_a_parameter_that_a_layer_passes_on_keeps_no_hooks(photos, tmp_path):
+    """Those of an output go with it, a parameter would gather them step by step."""
+    session = training.prepare(config_for(photos), tmp_path, quiet())
+    layer = session.adapted.backbone.module.passing = torch.nn.Identity()
+    parameter = next(iter(session.parameters.values()))
+    with training._heard_in_backward(session):
+        layer(parameter)
+    assert not parameter._backward_hooks
+
+
 def test_a_signal_in_the_last_measurement_says_how_to_go_on(finished, photos, tmp_path, monkeypatch):
     def interrupted(session, display):
         signals.stop(signal.SIGTERM)
