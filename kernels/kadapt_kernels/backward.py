@@ -12,7 +12,7 @@ R and s L are those that the forward composed, and h is its. The launches:
     project    g, by one pass over dy_seg
     tall       dL, by another; and the sums of dy_seg's columns, the gradient of a shift
     tall       dR in one pass over x, for all adapters at once
-    contract   dL and dR to da, db, du, dv
+    contract   dL and dR to da, db, du, dv; and the runs of those sums to one
     dx         the frozen layer's product plus one product with all columns of g and R
 
 Extra work over the frozen layer's backward for one segment: 2·M·R·(rows + K) multiply-adds, where a dense dW takes

@@ -260,7 +260,7 @@ def fused_forward(
         return Call([y, *kept, total], launches)
 
     inputs = (x, weight, bias, *(t for group in factors for t in group), *shifts)
-    made = repeat(("forward", scale, tuple(segments), len(factors), tile, precision(x.dtype)), inputs, make)
+    made = repeat(("forward", scale, tuple(segments), tile, precision(x.dtype)), inputs, make)
     return made[0], Kept(*made[1:4])
 
 
