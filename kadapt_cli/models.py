@@ -163,6 +163,8 @@ def _locate(name: str) -> tuple[str, Path | None]:
         folder = Path(rest)
     elif prefix == "hf-hub" and rest:
         folder = fetch(rest, "config.json").parent
+    elif "/" in name and Path(name).is_dir():
+        raise ModelError(f"{name}: a folder is given as local-dir:{name}")
     elif colon or "/" in name:
         raise ModelError(f"{name}: unknown model; give a folder as local-dir:DIR, a hub repository as hf-hub:REPO")
     else:

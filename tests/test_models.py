@@ -199,6 +199,7 @@ def test_no_pickle_is_read_whatever_it_is_called(tmp_path: Path) -> None:
         ({"name": "vit_tinny_patch16_224"}, "unknown model; did you mean vit_tiny_patch16_224, "),
         ({"name": "vit_tiny_patch16_224.openai"}, r"unknown model; did you mean vit_tiny_patch16_224\.augreg"),
         ({"name": "timm/vit_tiny_patch16_224"}, "give a folder as local-dir:DIR, a hub repository as hf-hub:REPO"),
+        ({"name": "./"}, r"\./: a folder is given as local-dir:\./"),
         ({"name": "hub:vit"}, "unknown model; give a folder as local-dir:DIR"),
         ({"name": "local-dir:nowhere"}, "no config.json in nowhere; give a model folder as timm writes it"),
         ({"name": "hf-hub:a//b"}, "a//b: no valid name of a hub repository"),
