@@ -87,13 +87,13 @@ def test_what_a_kernel_is_compiled_for_is_looked_up_again():
 
 
 def test_no_tensor_is_kept():
-    x, a = torch.randn(2, 4, 5).unbind()
-    kernel, seen = Kernel(), [weakref.ref(t) for t in (x, a)]
-    y = call(kernel, x, [a])
-    seen.append(weakref.ref(y))
-    del x, a, y
+    kernel, seen = Kernel(), []
+    for _ in range(2):
+        x, a = torch.randn(2, 4, 5).unbind()
+        seen += [weakref.ref(t) for t in (x, a, call(kernel, x, [a]))]
+        del x, a
     gc.collect()
-    assert [ref() for ref in seen] == [None] * 3
+    assert [ref() for ref in seen] == [None] * 6
 
 
 def test_empty_grids_and_many_shapes(monkeypatch):
