@@ -128,7 +128,7 @@ def correct(setup: Setup) -> Iterator[list[Job]]:
         cases = {name: cases[name] for name in ("rank above a term", "different adapters")}
     else:
         shapes = [Shape(d, m) for m in (197, 6304) for d in (192, 384, 768, 1024)]
-        cases |= {f"qkv d = {shape.d} M = {shape.M}": shape.case for shape in shapes}
+        cases |= {f"qkv d = {shape.d} M = {shape.M}": shape.case._replace(shifted=True) for shape in shapes}
     for dtype in ("fp32", "bf16") if setup.quick else ("bf16", "fp16", "fp32"):
         batch = []
         for name, case in cases.items():

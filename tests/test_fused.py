@@ -32,6 +32,7 @@ DESCRIPTORS = (
 MORE_CASES = {
     "segments out of order": Case(34, 24, 64, ((48, 4, 4, 6, 5, 1), (8, 3, 8, 8, 2, 3)), shifted=True),
     "strided, for descriptors": Case(45, 48, 192, ((0, 12, 8, 4, 8, 1), (96, 4, 24, 12, 4, 1)), row_padding=16),
+    "long shifts": Case(9, 24, 640, ((0, 12, 24, 2, 12, 1), (320, 12, 24, 2, 12, 1)), shifted=True),
     "long u and v": Case(20, 72, 96, ((16, 2, 40, 36, 4, 1),), bias=False, shifted=True),
 }
 ALL = CASES | MORE_CASES
